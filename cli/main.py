@@ -1,0 +1,293 @@
+"""`lrsd`: the commands and their options. lrsd itself is imported only when a command runs."""
+
+import json
+import signal
+import sys
+import tomllib
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import click
+
+CALIBRATION_KEYS = ("samples", "seqlen", "seed")
+SETTINGS_KEYS = (
+    "method", "structure", "allocation", "rank", "propagate", "mean_correction", "alternations", "dtype",
+    "device", "batch",
+)  # fmt: skip
+
+_COMPRESS_EXAMPLES = """
+\b
+Examples:
+  lrsd compress HuggingFaceTB/SmolLM2-135M --ratio 1.25x -o smol-1.25x
+  lrsd compress model.gguf --ratio 80% --calib wiki.txt --samples 64 -o out
+  lrsd compress ./my-model --ratio 2x --dry-run
+  lrsd compress ./my-model --ratio 1.25x --method svd-llm -o peer
+"""
+_EVAL_EXAMPLES = """
+\b
+Examples:
+  lrsd eval out --ppl wikitext
+  lrsd eval out --ppl wiki.test.txt --seqlen 1024 --windows 12 --kl ./my-model
+  lrsd eval out --speed --json
+"""
+
+
+def main() -> None:
+    """Entry point. Every expected failure ends as one line on stderr and an exit code."""
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        code = commands.main(standalone_mode=False)
+    except click.exceptions.Abort:
+        click.echo("interrupted; nothing was written", err=True)
+        code = 130
+    except click.ClickException as error:
+        error.show()
+        code = error.exit_code
+    except BrokenPipeError:
+        sys.stderr.close()
+        code = 0
+    except Exception as error:
+        code = _report(error)
+    sys.exit(code)
+
+
+def _report(error: Exception) -> int:
+    from lrsd.errors import LrsdError
+
+    if isinstance(error, LrsdError):
+        click.echo(f"lrsd: {error}", err=True)
+        return error.exit_code
+    if isinstance(error, OSError) and error.errno is not None:
+        click.echo(f"lrsd: {error.strerror}: {error.filename or 'no file named'}", err=True)
+        return 1
+    raise error
+
+
+def _terminated(number: int, frame: FrameType | None) -> None:
+    click.echo("terminated; nothing was written", err=True)
+    sys.exit(128 + number)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(package_name="lrsd")
+def commands() -> None:
+    """Compress language models without training: low rank + column-structured sparse weights."""
+
+
+def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
+    """Make the recipe's values the defaults of the options; what is typed still wins."""
+    if path is None:
+        return None
+    text = path.read_text(encoding="utf-8")
+    try:
+        recipe = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+        raise click.BadParameter(f"{path} is neither TOML nor JSON: {error}") from error
+    known = {p.name for p in context.command.params if p.name not in ("model", "output", "recipe")}
+    unknown = sorted(set(recipe) - known) if isinstance(recipe, dict) else ["(no table at the top)"]
+    if unknown:
+        raise click.BadParameter(
+            f"{path}: unknown setting {unknown[0]!r}; available: {', '.join(sorted(known))}"
+        )
+    context.default_map = {**(context.default_map or {}), **recipe}
+    return path
+
+
+@commands.command(epilog=_COMPRESS_EXAMPLES)
+@click.argument("model")
+@click.option(
+    "--ratio",
+    required=True,
+    metavar="R",
+    help="16-bit bytes of the linear weights before / after: 1.25x, 1.25, or 80% kept.",
+)
+@click.option("-o", "--output", type=click.Path(path_type=Path), help="New directory for the checkpoint.")
+@click.option("--calib", default="self", show_default=True, metavar="SOURCE",
+              help="Calibration text: self (sampled from the model), wikitext, c4, a text or JSONL file, or a hub data set.")  # fmt: skip
+@click.option("--samples", default=128, show_default=True, help="Calibration samples.")
+@click.option("--seqlen", default=512, show_default=True, help="Tokens per calibration sample.")
+@click.option("--seed", default=0, show_default=True, help="Seed of the calibration text.")
+@click.option("--method", default="lrsd", show_default=True,
+              type=click.Choice(["lrsd", "ssd", "svd-llm", "asvd", "svd"]), help="lrsd, or a published method to compare with.")  # fmt: skip
+@click.option("--structure", default="auto", show_default=True,
+              type=click.Choice(["auto", "column", "row", "unstructured", "none"]),
+              help="What S keeps beside the low rank: input channels (column), output channels (row), the better per layer (auto).")  # fmt: skip
+@click.option("--allocation", default="auto", show_default=True, type=click.Choice(["auto", "kl", "uniform", "energy"]),
+              help="How bytes are shared among layers: by output KL, equally, by one energy threshold; auto keeps what is best on held-out text.")  # fmt: skip
+@click.option("--rank", default="auto", show_default=True, metavar="auto|energy|N", help="auto: by --allocation; energy: one energy threshold; N: this rank everywhere.")  # fmt: skip
+@click.option(
+    "--propagate/--no-propagate",
+    default=True,
+    show_default=True,
+    help="Fit each layer behind the compressed ones before it.",
+)
+@click.option(
+    "--mean-correction/--no-mean-correction",
+    default=False,
+    show_default=True,
+    help="Buy a bias that restores each layer's mean output.",
+)
+@click.option("--alternations", default=5, show_default=True, help="Rounds of a thresholded S (method ssd).")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "bfloat16", "float16"]),
+    help="16-bit type of what is stored.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@click.option("--batch", default=8, show_default=True, help="Calibration samples per forward pass.")
+@click.option(
+    "--dry-run", is_flag=True, help="Show the plan per layer, its bytes and a time estimate; write nothing."
+)
+@click.option("--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), is_eager=True, callback=_read_recipe,
+              help="TOML or JSON file with any of these settings; OUTPUT/recipe.json is one.")  # fmt: skip
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def compress(
+    model: str, output: Path | None, dry_run: bool, as_json: bool, recipe: Path | None, **options: Any
+) -> None:
+    """Compress MODEL (a directory, a hub id, or a .gguf file) into a new checkpoint directory."""
+    if output is None and not dry_run:
+        raise click.UsageError("give an output directory with -o, or --dry-run")
+    from dataclasses import asdict
+
+    from lrsd.compress import compress as run
+    from lrsd.compress import dry_run as plan_only
+    from lrsd.report import plan_table, summary_lines
+    from lrsd_cli.progress import make_progress
+
+    settings, calibration = _settings(options)
+    progress = make_progress()
+    if dry_run:
+        prepared = plan_only(model, settings, calibration, progress)
+        click.echo(json.dumps(prepared.to_dict(), indent=1) if as_json else plan_table(prepared))
+        return
+    assert output is not None
+    manifest = run(model, output, settings, calibration, progress)
+    click.echo(
+        json.dumps(asdict(manifest), indent=1)
+        if as_json
+        else "\n".join([*summary_lines(manifest), f"written         {output}"])
+    )
+
+
+def _settings(options: dict[str, Any]) -> tuple[Any, Any]:
+    from lrsd.config import CalibrationSettings, CompressionSettings, parse_ratio
+    from lrsd.errors import SettingsError
+
+    rank = str(options["rank"])
+    if rank == "energy":
+        options["allocation"] = "energy"
+    if rank not in ("auto", "energy") and not rank.isdigit():
+        raise SettingsError(f"rank must be auto, energy or a whole number, got {rank!r}")
+    options["rank"] = int(rank) if rank.isdigit() else None
+    settings = CompressionSettings(
+        ratio=parse_ratio(str(options["ratio"])), **{key: options[key] for key in SETTINGS_KEYS}
+    )
+    calibration = CalibrationSettings(
+        source=options["calib"], **{key: options[key] for key in CALIBRATION_KEYS}
+    )
+    return settings, calibration
+
+
+@commands.command(name="eval", epilog=_EVAL_EXAMPLES)
+@click.argument("model")
+@click.option(
+    "--ppl",
+    multiple=True,
+    metavar="TEXT",
+    help="Perplexity on wikitext, a text file or a hub data set; repeatable. Default: wikitext.",
+)
+@click.option(
+    "--seqlen",
+    default=None,
+    type=click.IntRange(2),
+    help="Window length.  [default: 2048, or the model's if shorter]",
+)
+@click.option(
+    "--windows", default=None, type=click.IntRange(1), help="Number of windows.  [default: the whole text]"
+)
+@click.option(
+    "--kl", metavar="DENSE", help="Mean KL from this dense model and top-1 agreement, on the same windows."
+)
+@click.option("--speed", is_flag=True, help="Prefill and decode tokens per second, batch 1.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    help="Arithmetic to evaluate in.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def evaluate(
+    model: str,
+    ppl: tuple[str, ...],
+    seqlen: int | None,
+    windows: int | None,
+    kl: str | None,
+    speed: bool,
+    dtype: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure MODEL, compressed or dense: perplexity, divergence from the dense model, speed."""
+    from lrsd.evaluate import evaluate as run
+    from lrsd.report import evaluation_lines
+    from lrsd_cli.progress import make_progress
+
+    texts = ppl if ppl or speed else ("wikitext",)
+    result = run(
+        model, texts, seqlen=seqlen, windows=windows, dense=kl, with_speed=speed, dtype=dtype, device=device,
+        progress=make_progress(),
+    )  # fmt: skip
+    click.echo(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(evaluation_lines(result)))
+
+
+@commands.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="PNG",
+    help="Also draw error and bytes per layer into this file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def inspect(directory: Path, plot: Path | None, as_json: bool) -> None:
+    """Show every layer of a compressed DIRECTORY: rank, kept columns and rows, bits, bytes, error."""
+    from dataclasses import asdict
+
+    from lrsd.report import layer_table, plot_layers, summary_lines
+    from lrsd.storage.checkpoint import read_manifest
+
+    manifest = read_manifest(directory)
+    if plot is not None:
+        plot_layers(manifest, plot)
+    click.echo(
+        json.dumps(asdict(manifest), indent=1)
+        if as_json
+        else "\n".join([layer_table(manifest), "", *summary_lines(manifest)])
+    )
+
+
+@commands.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--dense",
+    "target",
+    required=True,
+    type=click.Path(path_type=Path),
+    metavar="D",
+    help="New directory for plain dense weights.",
+)
+def export(directory: Path, target: Path) -> None:
+    """Write a compressed DIRECTORY as plain dense weights, which any runtime loads."""
+    from lrsd.storage.checkpoint import export_dense
+
+    total = export_dense(directory, target)
+    click.echo(f"{total / 1e6:.1f} MB of dense weights written to {target}")
+
+
+if __name__ == "__main__":
+    main()

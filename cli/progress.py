@@ -1,0 +1,58 @@
+"""Progress on stderr: bars on a terminal, plain lines in a log."""
+
+import sys
+import time
+
+from lrsd.progress import Progress
+from tqdm import tqdm
+
+# Seconds between two lines of one stage in a log, so that a long job stays readable.
+_LINE_EVERY = 10.0
+
+
+def make_progress() -> Progress:
+    return BarProgress() if sys.stderr.isatty() else LineProgress()
+
+
+class BarProgress(Progress):
+    """One tqdm bar per stage."""
+
+    def __init__(self) -> None:
+        self._bar: tqdm | None = None
+
+    def stage(self, name: str, steps: int) -> None:
+        if self._bar is not None:
+            self._bar.close()
+        self._bar = tqdm(total=steps, desc=name, file=sys.stderr)
+
+    def step(self, what: str) -> None:
+        assert self._bar is not None, "stage() comes first"
+        self._bar.set_postfix_str(what, refresh=False)
+        self._bar.update()
+        if self._bar.n == self._bar.total:
+            self._bar.close()
+
+    def note(self, text: str) -> None:
+        tqdm.write(text, file=sys.stderr)
+
+
+class LineProgress(Progress):
+    """A line when a stage begins and ends, and every ten seconds in between."""
+
+    def __init__(self) -> None:
+        self._name, self._steps, self._done, self._start, self._last = "", 0, 0, 0.0, 0.0
+
+    def stage(self, name: str, steps: int) -> None:
+        self._name, self._steps, self._done = name, steps, 0
+        self._start = self._last = time.monotonic()
+        self.note(f"{name}: {steps} steps")
+
+    def step(self, what: str) -> None:
+        self._done += 1
+        now = time.monotonic()
+        if self._done == self._steps or now - self._last >= _LINE_EVERY:
+            self._last = now
+            self.note(f"{self._name}: {self._done}/{self._steps} {what} ({now - self._start:.0f} s)")
+
+    def note(self, text: str) -> None:
+        print(text, file=sys.stderr, flush=True)

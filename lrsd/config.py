@@ -1,0 +1,91 @@
+"""Settings: keyword-only, frozen, validated at birth, written into the manifest."""
+
+import math
+import re
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from lrsd.errors import SettingsError
+
+Method = Literal["lrsd", "ssd", "svd-llm", "asvd", "svd"]
+Structure = Literal["auto", "column", "row", "unstructured", "none"]
+Allocation = Literal["auto", "kl", "uniform", "energy"]
+Dtype = Literal["auto", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationSettings:
+    """The text whose activations the fit is made on.
+
+    source: "self" (text sampled from the model), "wikitext", "c4", a hub data set, or a local text
+    or JSONL file; samples: token blocks, each `seqlen` long.
+    """
+
+    source: str = "self"
+    samples: int = 128
+    seqlen: int = 512
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _at_least("samples", self.samples, 2)
+        _at_least("seqlen", self.seqlen, 8)
+        _at_least("seed", self.seed, 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionSettings:
+    """What is fitted and within which bytes.
+
+    ratio: 16-bit bytes of the linear weights before / after. method: "lrsd", or a published method
+    as a preset of the same solver. structure: which channels S may keep. allocation: how bytes are
+    shared among layers. rank: one rank for every layer instead of an allocation. propagate: fit
+    behind the compressed prefix. alternations: rounds of a thresholded S. batch: samples per pass.
+    """
+
+    ratio: float
+    method: Method = "lrsd"
+    structure: Structure = "auto"
+    allocation: Allocation = "auto"
+    rank: int | None = None
+    propagate: bool = True
+    mean_correction: bool = False
+    alternations: int = 5
+    dtype: Dtype = "auto"
+    device: str = "auto"
+    batch: int = 8
+
+    def __post_init__(self) -> None:
+        if not (math.isfinite(self.ratio) and self.ratio > 1):
+            raise SettingsError(f"ratio must be above 1x, got {self.ratio:g}x; try 1.25x or 80%")
+        for name, allowed in (
+            ("method", Method), ("structure", Structure), ("allocation", Allocation), ("dtype", Dtype)
+        ):  # fmt: skip
+            _one_of(name, getattr(self, name), get_args(allowed))
+        _at_least("alternations", self.alternations, 1)
+        _at_least("batch", self.batch, 1)
+        if self.rank is not None:
+            _at_least("rank", self.rank, 1)
+
+
+def parse_ratio(text: str) -> float:
+    """ "1.25x", "1.25" or "80%" (kept) as a ratio above 1.
+
+    Raises: SettingsError with the accepted forms.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*(x|X|%)?\s*", text)
+    if not match or float(match[1]) == 0:
+        raise SettingsError(f"ratio must look like 1.25x, 1.25 or 80%, got {text!r}")
+    value = 100 / float(match[1]) if match[2] == "%" else float(match[1])
+    if value <= 1:
+        raise SettingsError(f"ratio must be above 1x (less than 100% kept), got {text!r}; try 1.25x or 80%")
+    return value
+
+
+def _at_least(name: str, value: int, least: int) -> None:
+    if value < least:
+        raise SettingsError(f"{name} must be at least {least}, got {value}")
+
+
+def _one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise SettingsError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")

@@ -1,0 +1,33 @@
+"""What can go wrong, as one clear line each.
+
+Every error a user can cause is an `LrsdError`; the command line prints its text as one line and
+exits with `exit_code`. Anything else that escapes is a bug of ours and keeps its traceback.
+"""
+
+
+class LrsdError(Exception):
+    """An expected failure. The message says what was expected, what came, and what to try."""
+
+    exit_code = 1
+
+
+class InputError(LrsdError):
+    """A model, text or directory given by the user cannot be used as it is."""
+
+
+class SettingsError(LrsdError, ValueError):
+    """A setting has a value outside its range: wrong usage rather than a failed run."""
+
+    exit_code = 2
+
+
+class BudgetError(LrsdError):
+    """The requested ratio cannot be reached with this model and these settings."""
+
+
+class NumericsError(LrsdError):
+    """A tensor holds values no solver can work with (NaN, infinity)."""
+
+
+class CheckpointError(LrsdError):
+    """A compressed checkpoint is incomplete, inconsistent or of an unknown version."""

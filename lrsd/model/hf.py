@@ -1,0 +1,133 @@
+"""`from_pretrained` for compressed checkpoints: the quantisation config and its loader.
+
+Imported by `lrsd/__init__.py`, so that `import lrsd` is all that transformers needs.
+"""
+
+from collections.abc import Iterable
+from dataclasses import fields
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from lrsd.errors import CheckpointError
+from lrsd.model.linear import LayerFormat, LowRankSparseLinear
+from lrsd.numerics.allocate import Shape
+
+FORMAT_VERSION = 1
+
+
+@register_quantization_config("lrsd")
+class LrsdConfig(QuantizationConfigMixin):
+    """`quantization_config` of config.json: the format of every packed layer, by module name."""
+
+    def __init__(
+        self, layers: dict[str, dict[str, Any]] | None = None, format_version: int = FORMAT_VERSION, **_: Any
+    ) -> None:
+        self.quant_method = "lrsd"
+        self.format_version = format_version
+        self.layers = layers or {}
+        if format_version != FORMAT_VERSION:
+            raise CheckpointError(
+                f"checkpoint has format version {format_version}, this lrsd reads {FORMAT_VERSION}; "
+                "install the lrsd release that wrote it"
+            )
+
+    def formats(self) -> dict[str, LayerFormat]:
+        """Raises: CheckpointError if a layer's entry is not of the documented form."""
+        return {name: parse_format(name, entry) for name, entry in self.layers.items()}
+
+
+def parse_format(name: str, entry: Any) -> LayerFormat:
+    """One layer's entry in config.json. Raises: CheckpointError naming the layer."""
+    known = {field.name for field in fields(LayerFormat)}
+    if not isinstance(entry, dict) or not set(entry) <= known or "rank" not in entry:
+        raise CheckpointError(
+            f"config.json: layer {name} must be an object with 'rank' and any of {sorted(known)}"
+        )
+    numbers = [entry.get(key) for key in ("rank", "columns", "rows", "entries")]
+    if any(value is not None and (type(value) is not int or value < 0) for value in numbers):
+        raise CheckpointError(f"config.json: layer {name} needs non-negative whole numbers, got {entry}")
+    return LayerFormat(**entry)
+
+
+@register_quantizer("lrsd")
+class LrsdQuantizer(HfQuantizer):
+    """Puts packed layers into the empty model before transformers fills in the tensors."""
+
+    requires_calibration = True  # a dense checkpoint cannot be compressed by passing LrsdConfig
+
+    quantization_config: LrsdConfig
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
+    ) -> PreTrainedModel:
+        insert_packed(model, self.quantization_config.formats())
+        if checkpoint_files:
+            _require_tensors(model, self.quantization_config.layers, checkpoint_files)
+        return model
+
+    def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
+        for name in self.quantization_config.layers:
+            packed = model.get_submodule(name)
+            assert isinstance(packed, LowRankSparseLinear)
+            model.set_submodule(name, packed.to_dense(dtype or packed.weight.dtype))
+        return model
+
+    def is_serializable(self) -> bool:
+        return True
+
+    @property
+    def is_trainable(self) -> bool:
+        return False
+
+    @property
+    def is_compileable(self) -> bool:
+        return True
+
+
+def insert_packed(model: PreTrainedModel, formats: dict[str, LayerFormat]) -> None:
+    """Replace the named linears by empty packed layers of the given formats.
+
+    Raises: CheckpointError if a name is not a linear layer of this model.
+    """
+    for name, layout in formats.items():
+        try:
+            old = model.get_submodule(name)
+        except AttributeError:
+            old = None
+        if not isinstance(old, nn.Linear | Conv1D):
+            raise CheckpointError(
+                f"config.json packs {name!r}, which is not a linear layer of {type(model).__name__}"
+            )
+        sizes = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
+        model.set_submodule(name, LowRankSparseLinear(Shape(*sizes), layout, old.weight.dtype))
+
+
+def mark_packed(model: PreTrainedModel, formats: dict[str, LayerFormat]) -> None:
+    """Make `save_pretrained` write the packed form of a model whose layers were replaced in memory."""
+    config = LrsdConfig(layers={name: layout.to_dict() for name, layout in formats.items()})
+    model.config.quantization_config = config
+    model.hf_quantizer = LrsdQuantizer(config, pre_quantized=True)
+    model.is_quantized = True
+    model.quantization_method = config.quant_method
+
+
+def _require_tensors(model: nn.Module, layers: Iterable[str], checkpoint_files: list[str]) -> None:
+    """transformers only warns of a missing tensor and runs on whatever memory held."""
+    present: set[str] = set()
+    for file in checkpoint_files:
+        with safe_open(file, framework="pt") as shard:
+            present.update(shard.keys())
+    wanted = {f"{name}.{key}" for name in layers for key in model.get_submodule(name).state_dict()}
+    missing = sorted(wanted - present)
+    if missing:
+        raise CheckpointError(
+            f"the checkpoint lacks {len(missing)} of the packed tensors, {missing[0]} among them; "
+            "it is incomplete: copy or compress it again"
+        )

@@ -1,0 +1,184 @@
+"""A directory, hub id or .gguf file into a model and its tokenizer. Only safetensors and GGUF are read."""
+
+import hashlib
+import importlib.util
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from lrsd.errors import InputError, NumericsError
+
+# Values hashed per tensor: enough to tell two trainings of one architecture apart, at no cost.
+_FINGERPRINT_VALUES = 256
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A dense or compressed model on its device in evaluation mode.
+
+    stored_as: how the source held the weights ("bfloat16", "GGUF Q4_1", ...), for the report.
+    """
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    source: str
+    stored_as: str
+
+    @property
+    def context_length(self) -> int | None:
+        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+
+
+def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+    """Load a causal language model and its tokenizer; remote code and pickles are never run.
+
+    Args: source: directory of safetensors, .gguf file, or hub id; dtype: "auto" keeps a 16-bit
+        model as it is and turns any other into bfloat16; device: "auto" is cuda where there is one.
+    Raises: InputError naming what is missing or unreadable.
+    """
+    where, arguments, stored_as = _locate(source)
+    target = resolve_device(device)
+    transformers_logging.disable_progress_bar()
+    try:
+        config = AutoConfig.from_pretrained(where, **_config_arguments(arguments))
+        native = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        chosen = _resolve_dtype(dtype, native)
+        model = AutoModelForCausalLM.from_pretrained(
+            where, dtype=chosen, trust_remote_code=False, **_safe(arguments)
+        )
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+        raise InputError(f"cannot load {source}: {_first_line(error)}") from error
+    tokenizer = _load_tokenizer(where, source, arguments)
+    return LoadedModel(model.to(target).eval(), tokenizer, source, stored_as or native)
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """A short hash of the architecture and of values spread over every tensor."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        flat = tensor.detach().flatten()
+        step = max(1, flat.numel() // _FINGERPRINT_VALUES)
+        sample = flat[::step].to(torch.float64).cpu()
+        digest.update(f"{name}{tuple(tensor.shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Raises: NumericsError if the tensor holds NaN or infinity."""
+    bad = int((~torch.isfinite(tensor)).sum())
+    if bad:
+        raise NumericsError(
+            f"{name} holds {bad} non-finite values of {tensor.numel()}; the checkpoint is damaged, "
+            "or its numbers do not fit the chosen --dtype"
+        )
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" is cuda, then mps, then cpu. Raises: InputError for a device torch does not have."""
+    if device == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
+    try:
+        torch.empty(0, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"device {device!r} is not available: {_first_line(error)}") from error
+
+
+def _locate(source: str) -> tuple[str, dict[str, Any], str | None]:
+    path = Path(source)
+    if path.suffix == ".gguf" or path.is_file():
+        if not path.is_file():
+            raise InputError(f"no such file: {source}")
+        if path.suffix != ".gguf":
+            raise InputError(
+                f"{source}: expected a model directory, a hub id or a .gguf file, got another file"
+            )
+        return str(path.parent), {"gguf_file": path.name}, _gguf_storage(path)
+    if path.is_dir():
+        _check_directory(path)
+        return source, {}, None
+    if source.startswith((".", "/", "~")) or source.count("/") > 1:
+        raise InputError(f"no such model directory: {source}")
+    return source, {}, None
+
+
+def _check_directory(path: Path) -> None:
+    if not (path / "config.json").is_file():
+        raise InputError(f"{path} holds no config.json; expected a transformers model directory")
+    if any(path.glob("*.safetensors")):
+        return
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
+    if pickles:
+        raise InputError(
+            f"{path} holds its weights as pickle ({pickles[0]}), which can run code when read; "
+            "convert it to safetensors first (save_pretrained does)"
+        )
+    raise InputError(f"{path} holds no .safetensors file")
+
+
+def _gguf_storage(path: Path) -> str:
+    missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise InputError(f"reading {path.name} needs {' and '.join(missing)}: pip install 'lrsd[gguf]'")
+    from gguf import GGUFReader
+
+    try:
+        kinds = {tensor.tensor_type.name for tensor in GGUFReader(path).tensors if tensor.shape.size > 1}
+    except (ValueError, OSError, IndexError) as error:
+        raise InputError(f"{path} is not a readable GGUF file: {_first_line(error)}") from error
+    return f"GGUF {'/'.join(sorted(kinds))}"
+
+
+def _config_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"trust_remote_code": False, **arguments}
+
+
+def _safe(arguments: dict[str, Any]) -> dict[str, Any]:
+    if "gguf_file" not in arguments:
+        return {"use_safetensors": True}
+    from transformers import GgufConfig
+
+    return {**arguments, "quantization_config": GgufConfig(dequantize=True)}
+
+
+def _load_tokenizer(where: str, source: str, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
+    except Exception as error:  # tokenizer back ends raise errors of every kind for a missing file
+        raise InputError(
+            f"{source} has no usable tokenizer ({_first_line(error)}); put tokenizer.json beside the weights"
+        ) from error
+
+
+def _resolve_dtype(dtype: str, native: str) -> torch.dtype:
+    if dtype == "auto":
+        return torch.float16 if native == "float16" else torch.bfloat16
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[dtype]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Raises: InputError if the file is not a JSON object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"{path} is not readable JSON: {_first_line(error)}") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
+    return content

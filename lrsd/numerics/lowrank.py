@@ -1,0 +1,146 @@
+"""Best low-rank fit to a layer's outputs, and its storage without redundancy."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+# A pivot is exchanged while some coefficient exceeds this: coefficients near 1 keep the rounding
+# to 16 bit harmless, and 1.5 is met after a handful of exchanges where 1.0 may take hundreds.
+_MAX_COEFFICIENT = 1.5
+# Bound on the exchanges, so that a pathological factor costs time linear in its rank.
+_EXCHANGES_PER_RANK = 2
+
+
+@dataclass(frozen=True)
+class Spectrum:
+    """All best low-rank fits to one weight at once.
+
+    basis_OR: orthonormal output directions, leading first; (O, q) with q = min(O, I).
+    energies_R: output energy along each, descending, per token; sums to tr(W G W^T).
+    """
+
+    basis_OR: Tensor
+    energies_R: Tensor
+
+    def errors(self) -> Tensor:
+        """Energy lost at rank 0, 1, ..., q; (q + 1,), non-increasing, last entry 0."""
+        tail = self.energies_R.flip(0).cumsum(0).flip(0)
+        return torch.cat([tail, tail.new_zeros(1)])
+
+
+def spectrum(W_OI: Tensor, gram_II: Tensor) -> Spectrum:
+    """Eigenvectors of W G W^T: the rank-r optimum of min tr((W - L) G (W - L)^T) is U_r U_r^T W.
+
+    No inverse of G is taken, so G may be singular. The smaller side is decomposed: for O > I the
+    eigenvectors come from C^T W^T W C with G = C C^T.
+
+    Args: W_OI (O, I); gram_II (I, I) mean of x x^T over tokens; same floating dtype.
+    Source: Eckart & Young 1936 in the metric G; cf. SVD-LLM (ICLR 2025), section 3.
+    """
+    out_features, in_features = W_OI.shape
+    if out_features <= in_features:
+        values, vectors = torch.linalg.eigh(W_OI @ gram_II @ W_OI.T)
+        return Spectrum(vectors.flip(1), values.flip(0).clamp(min=0))
+    gram_values, gram_vectors = torch.linalg.eigh(gram_II)
+    outputs_OI = W_OI @ (gram_vectors * gram_values.clamp(min=0).sqrt())
+    values, vectors = torch.linalg.eigh(outputs_OI.T @ outputs_OI)
+    values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
+    # QR restores the orthonormality that dividing by sqrt(values) loses among tiny values.
+    basis_OR, _ = torch.linalg.qr(outputs_OI @ vectors)
+    return Spectrum(basis_OR, values)
+
+
+def spectrum_errors(W_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """`spectrum(W, G).errors()` from eigenvalues alone, at a fraction of the time; (q + 1,)."""
+    out_features, in_features = W_OI.shape
+    if out_features <= in_features:
+        values = torch.linalg.eigvalsh(W_OI @ gram_II @ W_OI.T)
+    else:
+        gram_values, gram_vectors = torch.linalg.eigh(gram_II)
+        outputs_OI = W_OI @ (gram_vectors * gram_values.clamp(min=0).sqrt())
+        values = torch.linalg.eigvalsh(outputs_OI.T @ outputs_OI)
+    return Spectrum(W_OI[:, :0], values.flip(0).clamp(min=0)).errors()
+
+
+def best_low_rank(W_OI: Tensor, gram_II: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Best rank-`rank` fit to the outputs of W: min ||(W - L) G^(1/2)||_F.
+
+    L = U U^T W with U the leading eigenvectors of W G W^T.
+
+    Returns: U (O, rank) and U^T W (rank, I).
+    Raises: ValueError if rank is not in 0..min(O, I).
+    """
+    if not 0 <= rank <= min(W_OI.shape):
+        raise ValueError(f"rank must be in 0..{min(W_OI.shape)} for a {tuple(W_OI.shape)} weight, got {rank}")
+    U_OR = spectrum(W_OI, gram_II).basis_OR[:, :rank]
+    return U_OR, U_OR.T @ W_OI
+
+
+@dataclass(frozen=True)
+class PivotedFactors:
+    """L of rank r as r of its own rows and the coefficients of the others: r(O + I - r) numbers.
+
+    pivots_R: indices of the pivot rows, int64, ascending; rows_RI: those rows of L;
+    coefficients_QR: the other rows, in ascending order, in terms of the pivot rows; (O - r, r).
+    """
+
+    pivots_R: Tensor
+    rows_RI: Tensor
+    coefficients_QR: Tensor
+
+    def dense(self) -> Tensor:
+        """L (O, I)."""
+        out_features = self.pivots_R.numel() + self.coefficients_QR.shape[0]
+        L_OI = self.rows_RI.new_zeros(out_features, self.rows_RI.shape[1])
+        L_OI[self.pivots_R] = self.rows_RI
+        L_OI[complement(self.pivots_R, out_features)] = self.coefficients_QR @ self.rows_RI
+        return L_OI
+
+
+def complement(indices: Tensor, size: int) -> Tensor:
+    """The members of 0..size-1 that are not in `indices`, ascending, int64.
+
+    A stable sort, because its result has a size known beforehand: no synchronisation on a GPU.
+    """
+    taken = torch.zeros(size, dtype=torch.int8, device=indices.device)
+    taken[indices.long()] = 1
+    return taken.argsort(stable=True)[: size - indices.numel()]
+
+
+def pivot_factors(U_OR: Tensor, V_RI: Tensor) -> PivotedFactors:
+    """Rewrite L = U V, U of full column rank, on pivot rows of L with coefficients near 1.
+
+    Starts from the pivots of a partially pivoted LU of U and exchanges rows while a coefficient
+    exceeds 1.5 in magnitude, each exchange raising the pivot block's volume (maxvol).
+
+    Raises: ValueError if U lacks full column rank.
+    Source: degrees of freedom as in Zhao et al., "Pivoting Factorization", ICML 2025;
+        exchange: Goreinov et al., "How to find a good submatrix", 2010.
+    """
+    out_features, rank = U_OR.shape
+    if rank == 0:
+        empty = torch.zeros(0, dtype=torch.int64, device=U_OR.device)
+        return PivotedFactors(empty, V_RI, U_OR)
+    permutation, _, _ = torch.linalg.lu(U_OR)
+    order = permutation.argmax(0)
+    pivots_R, others_Q = order[:rank].clone(), order[rank:].clone()
+    block_RR = U_OR[pivots_R]
+    if torch.linalg.matrix_rank(block_RR) < rank:
+        raise ValueError(f"U must have full column rank {rank}")
+    coefficients_QR = torch.linalg.solve(block_RR, U_OR[others_Q], left=False)
+    for _ in range(_EXCHANGES_PER_RANK * rank if others_Q.numel() else 0):
+        q, r = divmod(int(coefficients_QR.abs().argmax()), rank)
+        pivot_value = coefficients_QR[q, r].clone()
+        if pivot_value.abs() <= _MAX_COEFFICIENT:
+            break
+        # Rank-one update of U_others U_pivots^-1 when row q and pivot r change places.
+        row, column = coefficients_QR[q].clone(), coefficients_QR[:, r].clone()
+        row[r] -= 1
+        column[q] += 1
+        coefficients_QR -= torch.outer(column, row) / pivot_value
+        pivots_R[r], others_Q[q] = others_Q[q].clone(), pivots_R[r].clone()
+    pivots_R = pivots_R.sort().values
+    # Solved afresh: the running update has gathered rounding errors.
+    coefficients_QR = torch.linalg.solve(U_OR[pivots_R], U_OR[complement(pivots_R, out_features)], left=False)
+    return PivotedFactors(pivots_R, U_OR[pivots_R] @ V_RI, coefficients_QR)

@@ -1,0 +1,99 @@
+"""Streaming second moments of a linear layer's input."""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+# Column blocks in which the upper triangle of x^T x is computed: with 4 blocks 10/16 of the
+# multiplications are left, with more the blocks get too narrow for a fast matrix product.
+_TRIANGLE_BLOCKS = 4
+
+
+@dataclass
+class Moments:
+    """Sums over calibration tokens of x x^T, x and 1: float64 sums of float32 partial products.
+
+    `a + b` is the moments of both token sets together, so shards merge in any order.
+    """
+
+    width: int
+    device: torch.device | str = "cpu"
+    count: int = 0
+    _upper_II: Tensor = field(init=False, repr=False)
+    _sum_I: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._upper_II = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
+        self._sum_I = torch.zeros(self.width, dtype=torch.float64, device=self.device)
+
+    def update_(self, x_TI: Tensor) -> None:
+        """Add the tokens of x (any leading shape, last dimension `width`)."""
+        x_TI = x_TI.reshape(-1, self.width).float()
+        step = max(1, math.ceil(self.width / _TRIANGLE_BLOCKS))
+        for start in range(0, self.width, step):
+            block_TB = x_TI[:, start : start + step]
+            self._upper_II[start : start + step, start:] += block_TB.T @ x_TI[:, start:]
+        self._sum_I += x_TI.sum(0, dtype=torch.float64)
+        self.count += x_TI.shape[0]
+
+    def __add__(self, other: "Moments") -> "Moments":
+        merged = Moments(self.width, self.device, self.count + other.count)
+        merged._upper_II = self._upper_II + other._upper_II
+        merged._sum_I = self._sum_I + other._sum_I
+        return merged
+
+    @property
+    def gram(self) -> Tensor:
+        """G = E[x x^T], (I, I) float64, per token."""
+        return (self._upper_II.triu() + self._upper_II.triu(1).T) / max(self.count, 1)
+
+    @property
+    def mean(self) -> Tensor:
+        """E[x], (I,) float64."""
+        return self._sum_I / max(self.count, 1)
+
+
+@dataclass
+class CrossMoments:
+    """Sums over tokens of t x^T, t and 1, for a target t that is not a function of x alone."""
+
+    rows: int
+    columns: int
+    device: torch.device | str = "cpu"
+    count: int = 0
+    _sum_OI: Tensor = field(init=False, repr=False)
+    _sum_O: Tensor = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        self._sum_OI = torch.zeros(self.rows, self.columns, dtype=torch.float64, device=self.device)
+        self._sum_O = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
+
+    def update_(self, t_TO: Tensor, x_TI: Tensor) -> None:
+        """Add pairs of tokens; both tensors share their leading shape."""
+        t_TO = t_TO.reshape(-1, self.rows).float()
+        self._sum_OI += t_TO.T @ x_TI.reshape(-1, self.columns).float()
+        self._sum_O += t_TO.sum(0, dtype=torch.float64)
+        self.count += t_TO.shape[0]
+
+    def __add__(self, other: "CrossMoments") -> "CrossMoments":
+        merged = CrossMoments(self.rows, self.columns, self.device, self.count + other.count)
+        merged._sum_OI = self._sum_OI + other._sum_OI
+        merged._sum_O = self._sum_O + other._sum_O
+        return merged
+
+    @property
+    def mean(self) -> Tensor:
+        """E[t x^T], (O, I) float64, per token."""
+        return self._sum_OI / max(self.count, 1)
+
+    @property
+    def target_mean(self) -> Tensor:
+        """E[t], (O,) float64."""
+        return self._sum_O / max(self.count, 1)
+
+
+def energy(W_OI: Tensor, gram_II: Tensor) -> float:
+    """tr(W G W^T): the mean squared norm of W x per token, in output units squared."""
+    return float(((W_OI @ gram_II) * W_OI).sum().clamp(min=0))

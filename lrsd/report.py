@@ -1,0 +1,155 @@
+"""What was done, for people: the per-layer table, its plot, and the model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lrsd.errors import InputError
+from lrsd.evaluate import EvalResult
+from lrsd.numerics.allocate import dense_bytes, plan_bytes
+from lrsd.storage.checkpoint import LayerRecord, Manifest
+
+if TYPE_CHECKING:
+    from lrsd.compress import Prepared
+
+
+def summary_lines(manifest: Manifest) -> list[str]:
+    """A few lines: ratios, bits, multiply-adds, time."""
+    kinds = _kinds(manifest)
+    seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in manifest.seconds.items())
+    return [
+        f"linear weights  {_mb(manifest.dense_linear_bytes)} -> {_mb(manifest.linear_bytes)}, "
+        f"{manifest.ratio:.4g}x, {manifest.bits_per_weight:.3g} bits per weight",
+        f"checkpoint      {manifest.checkpoint_ratio:.4g}x as a whole (embeddings and norms are kept)",
+        f"multiply-adds   {manifest.macs_per_token / 1e6:.1f} M per token in the linear weights, "
+        f"dense {manifest.dense_macs_per_token / 1e6:.1f} M",
+        f"layers          {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
+        f"time            {seconds}",
+    ]
+
+
+def layer_table(manifest: Manifest) -> str:
+    """One row per linear weight."""
+    header = f"{'layer':<40} {'shape':>11} {'rank':>5} {'cols':>5} {'rows':>5} {'bits':>5} {'KB':>7} {'ratio':>6} {'error':>8} {'blend':>5}  status"
+    rows = [header]
+    for name, layer in manifest.layers.items():
+        rank = "dense" if layer.rank is None else str(layer.rank)
+        bits = 8 * layer.bytes / (layer.out_features * layer.in_features)
+        rows.append(
+            f"{name:<40} {layer.out_features:>5}x{layer.in_features:<5} {rank:>5} {layer.columns:>5} "
+            f"{layer.rows:>5} {bits:>5.2f} {layer.bytes / 1e3:>7.1f} {layer.dense_bytes / layer.bytes:>6.3f} "
+            f"{layer.error:>8.2e} {layer.blend:>5.2f}  {layer.status}"
+        )
+    return "\n".join(rows)
+
+
+def plan_table(prepared: Prepared) -> str:
+    """What a dry run shows: the plan per layer, its bytes, and about how long the rest would take."""
+    rows = [
+        f"{'layer':<40} {'shape':>11} {'rank':>5} {'cols':>5} {'rows':>5} {'KB':>7} {'predicted error':>15}"
+    ]
+    for name, layer in prepared.plan.items():
+        shape = prepared.curves[name].shape
+        rank = "dense" if layer.rank is None else str(layer.rank)
+        rows.append(
+            f"{name:<40} {shape.out_features:>5}x{shape.in_features:<5} {rank:>5} {layer.columns:>5} "
+            f"{layer.rows:>5} {layer.nbytes(shape) / 1e3:>7.1f} {layer.error:>15.2e}"
+        )
+    total, planned = dense_bytes(prepared.curves), plan_bytes(prepared.plan, prepared.curves)
+    return "\n".join([
+        *rows,
+        "",
+        f"linear weights  {_mb(total)} -> {_mb(planned)}, {total / planned:.4g}x (budget {prepared.budget:,} bytes)",
+        f"allocation      {prepared.chosen}",
+        f"time            {sum(prepared.seconds.values()):.0f} s so far, about {prepared.remaining_seconds:.0f} s to go",
+    ])  # fmt: skip
+
+
+def evaluation_lines(result: EvalResult) -> list[str]:
+    """A few lines per text, the protocol beside the number."""
+    lines = []
+    for score in result.perplexity:
+        lines.append(f"perplexity {score.perplexity:.4g}  {score.text}")
+        lines.append(
+            f"  {score.windows} windows of {score.seqlen}, {score.scored_tokens:,} tokens scored; {score.protocol}"
+        )
+    for score, distance in zip(result.perplexity, result.divergence, strict=False):
+        lines.append(
+            f"KL {distance.kl:.4g} nats per token, top-1 agreement {distance.top1_agreement:.1%}  {score.text}"
+        )
+    if result.speed is not None:
+        lines.append(
+            f"speed      prefill {result.speed.prefill:.1f}, decode {result.speed.decode:.1f} tokens/s "
+            f"(batch 1, {result.speed.device}, {result.speed.threads} threads)"
+        )
+    return lines
+
+
+def plot_layers(manifest: Manifest, path: Path) -> None:
+    """Error and size of every layer, as a PNG. Raises: InputError if matplotlib is not installed."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise InputError("--plot needs matplotlib: pip install 'lrsd[plot]'") from error
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    kinds: dict[str, list[tuple[int, LayerRecord]]] = {}
+    for position, (name, layer) in enumerate(manifest.layers.items()):
+        kinds.setdefault(name.rpartition(".")[2], []).append((position, layer))
+    for kind, layers in kinds.items():
+        positions = [position for position, _ in layers]
+        upper.plot(positions, [max(layer.error, 1e-7) for _, layer in layers], "o-", label=kind, markersize=3)
+        lower.plot(positions, [layer.bytes / layer.dense_bytes for _, layer in layers], "o-", markersize=3)
+    upper.set(
+        yscale="log", ylabel="relative output error", title=f"{manifest.base_model} at {manifest.ratio:.3g}x"
+    )
+    upper.legend(ncols=len(kinds), fontsize="small")
+    lower.set(ylabel="bytes / dense bytes", xlabel="layer, in the order of the model", ylim=(0, 1.05))
+    figure.savefig(path, dpi=120, format="png")
+
+
+def model_card(manifest: Manifest) -> str:
+    """README.md of the checkpoint directory."""
+    lines = "\n".join(f"    {line}" for line in summary_lines(manifest))
+    calibration = manifest.calibration
+    return f"""---
+base_model: {manifest.base_model}
+library_name: transformers
+tags: [lrsd, low-rank, sparse, compressed]
+---
+# {manifest.base_model}, compressed {manifest.ratio:.3g}x by lrsd {manifest.lrsd_version}
+
+Each linear weight is stored as low rank + kept columns or rows, fitted to its outputs on
+{calibration["samples"]} x {calibration["seqlen"]} tokens of calibration text ({calibration["source"]}).
+The source held its weights as {manifest.base_stored_as}.
+
+{lines}
+
+Load it with
+
+```python
+import lrsd  # registers the loader
+from transformers import AutoModelForCausalLM
+
+model = AutoModelForCausalLM.from_pretrained("this directory")
+```
+
+`lrsd eval` measures it, `lrsd inspect` shows every layer, `lrsd export --dense` writes plain weights.
+"""
+
+
+def _kinds(manifest: Manifest) -> dict[str, int]:
+    counts: dict[str, int] = {}
+    for layer in manifest.layers.values():
+        kind = "dense" if layer.rank is None else "low rank"
+        if layer.rank is not None and layer.columns:
+            kind = "low rank + columns" if layer.rank else "columns"
+        if layer.rank is not None and layer.rows:
+            kind = "low rank + rows" if layer.rank else "rows"
+        counts[kind] = counts.get(kind, 0) + 1
+    return counts
+
+
+def _mb(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"

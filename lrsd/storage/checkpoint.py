@@ -1,0 +1,263 @@
+"""A compressed model as a directory: written aside, synced, renamed; read back, checked, exported."""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from transformers import PreTrainedTokenizerBase
+
+from lrsd.errors import CheckpointError, InputError
+from lrsd.model.hf import LrsdConfig
+from lrsd.model.linear import LayerFormat, LowRankSparseLinear
+from lrsd.model.load import read_json
+from lrsd.numerics.allocate import Shape
+
+MANIFEST_NAME = "lrsd.json"
+MANIFEST_VERSION = 1
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One linear weight in the manifest. error: measured relative output error against its target.
+
+    rank None: the weight stayed dense. blend: how far its target moved from its own weight towards
+    the one that makes up for the compressed prefix. status: of the solver.
+    """
+
+    out_features: int
+    in_features: int
+    rank: int | None
+    columns: int
+    rows: int
+    entries: int | None
+    bias: bool
+    bytes: int
+    dense_bytes: int
+    error: float
+    predicted_error: float
+    sensitivity: float
+    blend: float
+    status: str
+    history: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """lrsd.json: what was done, to what, and what it cost."""
+
+    base_model: str
+    base_fingerprint: str
+    base_stored_as: str
+    lrsd_version: str
+    environment: dict[str, str]
+    calibration: dict[str, Any]
+    settings: dict[str, Any]
+    ratio: float
+    checkpoint_ratio: float
+    linear_bytes: int
+    dense_linear_bytes: int
+    budget_bytes: int
+    bits_per_weight: float
+    macs_per_token: int
+    dense_macs_per_token: int
+    allocation: dict[str, float]
+    allocation_chosen: str
+    seconds: dict[str, float]
+    layers: dict[str, LayerRecord]
+    untouched: tuple[str, ...] = ()
+    version: int = field(default=MANIFEST_VERSION)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises: CheckpointError if the directory is no compressed checkpoint this release can read."""
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} holds no {MANIFEST_NAME}; expected a directory written by lrsd compress"
+        )
+    content = read_json(path)
+    if content.get("version") != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path} has version {content.get('version')}, this lrsd reads {MANIFEST_VERSION}"
+        )
+    try:
+        layers = {
+            name: LayerRecord(**{**layer, "history": tuple(layer["history"])})
+            for name, layer in content.pop("layers").items()
+        }
+        return Manifest(layers=layers, **content)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a complete lrsd manifest: {error}") from error
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    (directory / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+
+
+def require_free(directory: Path) -> None:
+    """Raises: InputError if the output directory exists and is not empty."""
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise InputError(f"{directory} already exists and is not empty; choose another output directory")
+
+
+@contextmanager
+def new_directory(target: Path) -> Iterator[Path]:
+    """A directory that appears under its name only when complete: written aside, synced, renamed."""
+    require_free(target)
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    try:
+        yield aside
+        for path in (*aside.rglob("*"), aside):
+            _sync(path)
+        aside.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        aside.rename(target)
+        _sync(target.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def stored_bytes(directory: Path, layers: dict[str, Any] | None = None) -> int:
+    """Bytes of the tensors in the shards: all of them, or those of the named layers only."""
+    total = 0
+    for shard in shard_paths(directory):
+        with safe_open(shard, framework="pt") as file:
+            for key in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                if layers is None or key.rpartition(".")[0] in layers:
+                    total += file.get_tensor(key).nbytes
+    return total
+
+
+def shard_paths(directory: Path) -> list[Path]:
+    """The checkpoint's safetensors files: those of its index, else model.safetensors.
+
+    Raises: CheckpointError for a missing shard or an index entry that leads out of the directory.
+    """
+    index = directory / "model.safetensors.index.json"
+    if not index.is_file():
+        names = {"model.safetensors"}
+    else:
+        try:
+            names = set(read_json(index)["weight_map"].values())
+        except (KeyError, AttributeError, TypeError) as error:
+            raise CheckpointError(f"{index} holds no weight map") from error
+    for name in names:
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{index} names {name!r}, which is not a file of this directory")
+        if not (directory / name).is_file():
+            raise CheckpointError(f"{directory} lacks {name}")
+    return [directory / name for name in sorted(names)]
+
+
+def export_dense(
+    directory: Path,
+    target: Path,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> int:
+    """Write L + S as plain dense weights that any runtime loads, one shard and layer at a time.
+
+    Returns: bytes of tensors written. Raises: CheckpointError if `directory` is not compressed.
+    """
+    config = read_json(directory / "config.json")
+    packing = config.pop("quantization_config", None)
+    if not isinstance(packing, dict) or packing.get("quant_method") != "lrsd":
+        raise CheckpointError(f"{directory} is not compressed by lrsd; nothing to export")
+    formats = LrsdConfig(**packing).formats()
+    shards = shard_paths(directory)
+    files = {
+        shard: f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+        if len(shards) > 1
+        else "model.safetensors"
+        for number, shard in enumerate(shards, 1)
+    }
+    weight_map: dict[str, str] = {}
+    total = 0
+    with new_directory(target) as aside:
+        for shard, name in files.items():
+            tensors = _dense_tensors(shards, shard, formats, progress)
+            save_file(tensors, aside / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+            total += sum(tensor.nbytes for tensor in tensors.values())
+        if len(shards) > 1:
+            index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
+        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for path in directory.iterdir():
+            if (
+                path.suffix not in {".safetensors", ".md"}
+                and path.name not in _PACKED_ONLY
+                and path.is_file()
+            ):
+                shutil.copy2(path, aside / path.name)
+    return total
+
+
+_PACKED_ONLY = {"config.json", MANIFEST_NAME, "model.safetensors.index.json"}
+
+
+def _dense_tensors(
+    shards: list[Path], shard: Path, formats: dict[str, LayerFormat], progress: Callable[[str], None]
+) -> dict[str, torch.Tensor]:
+    """The tensors of one shard, those of packed layers unpacked beside their `weight`."""
+    owners = _owners(shards)
+    dense: dict[str, torch.Tensor] = {}
+    with safe_open(shard, framework="pt") as file:
+        for key in sorted(file.keys()):
+            layer, _, part = key.rpartition(".")
+            if layer not in formats:
+                dense[key] = file.get_tensor(key)
+            elif part == "weight":
+                module = _read_packed(layer, formats[layer], owners).to_dense(file.get_tensor(key).dtype)
+                dense |= {
+                    f"{layer}.{name}": value.contiguous() for name, value in module.state_dict().items()
+                }
+                progress(layer)
+    return dense
+
+
+def _owners(shards: list[Path]) -> dict[str, Path]:
+    owners: dict[str, Path] = {}
+    for shard in shards:
+        with safe_open(shard, framework="pt") as file:
+            owners |= dict.fromkeys(file.keys(), shard)
+    return owners
+
+
+def _read_packed(layer: str, layout: LayerFormat, owners: dict[str, Path]) -> LowRankSparseLinear:
+    """One packed layer from the shards, wherever its tensors are."""
+    tensors = {}
+    for key, shard in owners.items():
+        if key.rpartition(".")[0] == layer:
+            with safe_open(shard, framework="pt") as file:
+                tensors[key.rpartition(".")[2]] = file.get_tensor(key)
+    try:
+        rank, free_columns = tensors["weight"].shape
+        out_features = tensors["coefficients"].shape[0] + layout.rows + (rank if layout.pivoted else 0)
+        in_features = free_columns + (0 if layout.entries is not None else layout.columns)
+        packed = LowRankSparseLinear(Shape(out_features, in_features), layout, tensors["weight"].dtype)
+        packed.load_state_dict(tensors)
+    except (KeyError, RuntimeError, ValueError) as error:
+        raise CheckpointError(f"layer {layer} does not match its entry in config.json: {error}") from error
+    return packed
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
