@@ -53,6 +53,8 @@ from lrsd.survey import Survey, metric, needs_sensitivity, survey_model
 
 # One sample in eight is kept out of the fit: it chooses the blend and the plan.
 _HELD_OUT = 8
+# Samples on which plans are compared: their dense logits are held in memory meanwhile.
+_COMPARED_SAMPLES = 4
 # Least fraction of the average bytes that the allocation may leave a layer: sensitivities are
 # local, and a layer far below the average has an error they say nothing about.
 _FLOOR = 0.3
@@ -264,20 +266,25 @@ def _held_out_divergence(
 ) -> float:
     """KL(dense || planned) per token on the held-out samples, all layers fitted without propagation."""
     model = replay.model
-    held_out = held_out_samples(tokens)
+    held_out = tokens[-max(1, tokens.shape[0] // _HELD_OUT) :][:_COMPARED_SAMPLES].to(model.device)
     originals: dict[str, nn.Parameter] = {}
     reference = [log_softmax(model(batch, use_cache=False).logits.float(), -1) for batch in held_out.split(1)]
     for group in replay.layout.groups:
         gram_II = metric(settings, survey.moments[group.name]).float()
         for spec in group.linears:
-            if not plan[spec.name].is_dense:
-                found = solve_layer(read_weight(model, spec), gram_II, plan[spec.name], settings)
+            layer, curve = plan[spec.name], survey.curves[spec.name]
+            if not layer.is_dense:
+                # Columns and rows as surveyed: to improve them here would take most of the time.
+                found = solve_layer(
+                    read_weight(model, spec), gram_II, layer, curve, settings, alternate=False
+                )
                 originals[spec.name] = exchange_weight(model, spec, found.dense())
     try:
-        return sum(
-            float(kl_div(log_softmax(model(batch, use_cache=False).logits.float(), -1), dense, reduction="sum", log_target=True))
-            for batch, dense in zip(held_out.split(1), reference, strict=True)
-        ) / held_out.numel()  # fmt: skip
+        total = 0.0
+        for batch, dense in zip(held_out.split(1), reference, strict=True):
+            planned = log_softmax(model(batch, use_cache=False).logits.float(), -1)
+            total += float(kl_div(planned, dense, reduction="sum", log_target=True))
+        return total / held_out.numel()
     finally:
         for name, weight in originals.items():
             model.get_submodule(name).weight = weight
@@ -291,11 +298,6 @@ def exchange_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor) -> nn.Para
     stored = (W_OI.T if spec.transposed else W_OI).to(original.dtype).contiguous()
     module.weight = nn.Parameter(stored, requires_grad=False)
     return original
-
-
-def held_out_samples(tokens: Tensor) -> Tensor:
-    """The last eighth of the samples, at least one."""
-    return tokens[-max(1, tokens.shape[0] // _HELD_OUT) :]
 
 
 def fit_blocks(prepared: Prepared, settings: CompressionSettings, progress: Progress) -> dict[str, Fitted]:
@@ -413,19 +415,20 @@ def _propagated_aim(model: nn.Module, spec: LinearSpec, pair: _Pair) -> _Aim:
     return _Aim(W_OI + blend * (full_OI - W_OI), moments.gram, target_mean_O, input_mean_I, blend)
 
 
-def _fit_layer(
-    model: nn.Module, spec: LinearSpec, plan: LayerPlan, aim: _Aim, settings: CompressionSettings
-) -> Fitted:
+def _fit_layer(prepared: Prepared, spec: LinearSpec, aim: _Aim, settings: CompressionSettings) -> Fitted:
     """Solve and pack one layer; what it decodes to goes into the model, for the layers behind it.
 
     The packed form itself goes in at the end: until then the dense product is faster to run. A layer
     left dense still takes the propagated weight.
     """
+    model, plan = prepared.loaded.model, prepared.plan[spec.name]
     if plan.is_dense:
         if aim.blend:
             exchange_weight(model, spec, aim.W_OI)
         return Fitted(None, plan, 0.0, aim.blend, "dense")
-    found = solve_layer(aim.W_OI, aim.gram_II, plan, settings)
+    found = solve_layer(
+        aim.W_OI, aim.gram_II, plan, prepared.curves[spec.name], settings, alternate=settings.alternations > 1
+    )
     old = model.get_submodule(spec.name)
     bias_O = old.bias.double() if isinstance(old.bias, Tensor) else None
     if plan.bias or (bias_O is not None and settings.mean_correction):
@@ -443,16 +446,26 @@ def _fit_layer(
 
 
 def solve_layer(
-    W_OI: Tensor, gram_II: Tensor, plan: LayerPlan, settings: CompressionSettings
+    W_OI: Tensor,
+    gram_II: Tensor,
+    plan: LayerPlan,
+    curve: LayerCurve,
+    settings: CompressionSettings,
+    *,
+    alternate: bool,
 ) -> Decomposition:
-    """The decomposition that a plan asks for."""
-    assert plan.rank is not None, "dense layers are not solved"
-    if plan.entries is None:
-        return decompose(W_OI, gram_II, rank=plan.rank, columns=plan.columns, rows=plan.rows)
-    return decompose_thresholded(
-        W_OI, gram_II, rank=plan.rank, columns=plan.columns, entries=plan.entries,
-        iterations=settings.alternations,
-    )  # fmt: skip
+    """The decomposition that a plan asks for, from the columns or rows that the survey found."""
+    support = curve.support_of(plan)
+    assert plan.rank is not None and support is not None, "dense layers are not solved"
+    if plan.entries is not None:
+        return decompose_thresholded(
+            W_OI, gram_II, rank=plan.rank, columns=plan.columns, entries=plan.entries,
+            iterations=settings.alternations if alternate else 1,
+        )  # fmt: skip
+    start = None if support.kept is None else support.kept.to(W_OI.device)
+    return decompose(
+        W_OI, gram_II, rank=plan.rank, columns=plan.columns, rows=plan.rows, start=start, alternate=alternate
+    )
 
 
 def _dense_pass(replay: Replay, index: int, stream: Stream) -> tuple[dict[str, Stream], Stream]:

@@ -80,13 +80,15 @@ def index_bytes(size: int) -> int:
 class Support:
     """A number of kept columns or rows, and the relative error at every rank beside them.
 
-    errors_R: float64, non-increasing, from rank 0 to the highest possible one.
+    errors_R: float64, non-increasing, from rank 0 to the highest possible one. kept: the columns or
+    rows it was measured with, ascending.
     """
 
     columns: int
     rows: int
     errors_R: Tensor
     entries: int | None = None
+    kept: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -107,6 +109,12 @@ class LayerCurve:
     @property
     def dense(self) -> LayerPlan:
         return LayerPlan(None, error=0.0)
+
+    def support_of(self, plan: LayerPlan) -> Support | None:
+        """The support a plan was made from; None for the dense weight."""
+        if plan.rank is None:
+            return None
+        return next(s for s in self.supports if (s.columns, s.rows) == (plan.columns, plan.rows))
 
     def offers(self) -> Iterator[LayerPlan]:
         """Points over supports and ranks, and the dense weight. At least rank 1 or a kept channel."""
@@ -231,9 +239,7 @@ def fill(
 
     def offer(name: str) -> None:
         layer, curve = filled[name], curves[name]
-        support = next(
-            (s for s in curve.supports if (s.columns, s.rows) == (layer.columns, layer.rows)), None
-        )
+        support = curve.support_of(layer)
         if layer.rank is None or support is None:
             return
         larger = (

@@ -42,13 +42,22 @@ def spectrum(W_OI: Tensor, gram_II: Tensor) -> Spectrum:
     if out_features <= in_features:
         values, vectors = torch.linalg.eigh(W_OI @ gram_II @ W_OI.T)
         return Spectrum(vectors.flip(1), values.flip(0).clamp(min=0))
-    gram_values, gram_vectors = torch.linalg.eigh(gram_II)
-    outputs_OI = W_OI @ (gram_vectors * gram_values.clamp(min=0).sqrt())
+    outputs_OI = W_OI @ square_root(gram_II)
     values, vectors = torch.linalg.eigh(outputs_OI.T @ outputs_OI)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     # QR restores the orthonormality that dividing by sqrt(values) loses among tiny values.
     basis_OR, _ = torch.linalg.qr(outputs_OI @ vectors)
     return Spectrum(basis_OR, values)
+
+
+def square_root(gram_II: Tensor) -> Tensor:
+    """C with C C^T = G: the Cholesky factor, of G plus a ridge at rounding level if G is singular."""
+    factor_II, failed = torch.linalg.cholesky_ex(gram_II)
+    if not failed:
+        return factor_II
+    ridge = 16 * torch.finfo(gram_II.dtype).eps * gram_II.diagonal().sum()
+    return torch.linalg.cholesky(gram_II + torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
+                                 * torch.where(ridge > 0, ridge, 1.0))  # fmt: skip
 
 
 def spectrum_errors(W_OI: Tensor, gram_II: Tensor) -> Tensor:
@@ -57,8 +66,7 @@ def spectrum_errors(W_OI: Tensor, gram_II: Tensor) -> Tensor:
     if out_features <= in_features:
         values = torch.linalg.eigvalsh(W_OI @ gram_II @ W_OI.T)
     else:
-        gram_values, gram_vectors = torch.linalg.eigh(gram_II)
-        outputs_OI = W_OI @ (gram_vectors * gram_values.clamp(min=0).sqrt())
+        outputs_OI = W_OI @ square_root(gram_II)
         values = torch.linalg.eigvalsh(outputs_OI.T @ outputs_OI)
     return Spectrum(W_OI[:, :0], values.flip(0).clamp(min=0)).errors()
 
@@ -122,13 +130,13 @@ def pivot_factors(U_OR: Tensor, V_RI: Tensor) -> PivotedFactors:
     if rank == 0:
         empty = torch.zeros(0, dtype=torch.int64, device=U_OR.device)
         return PivotedFactors(empty, V_RI, U_OR)
-    permutation, _, _ = torch.linalg.lu(U_OR)
+    permutation, _, upper_RR = torch.linalg.lu(U_OR)
+    diagonal_R = upper_RR.diagonal().abs()
+    if diagonal_R.min() <= rank * torch.finfo(U_OR.dtype).eps * diagonal_R.max():
+        raise ValueError(f"U must have full column rank {rank}")
     order = permutation.argmax(0)
     pivots_R, others_Q = order[:rank].clone(), order[rank:].clone()
-    block_RR = U_OR[pivots_R]
-    if torch.linalg.matrix_rank(block_RR) < rank:
-        raise ValueError(f"U must have full column rank {rank}")
-    coefficients_QR = torch.linalg.solve(block_RR, U_OR[others_Q], left=False)
+    coefficients_QR = torch.linalg.solve(U_OR[pivots_R], U_OR[others_Q], left=False)
     for _ in range(_EXCHANGES_PER_RANK * rank if others_Q.numel() else 0):
         q, r = divmod(int(coefficients_QR.abs().argmax()), rank)
         pivot_value = coefficients_QR[q, r].clone()

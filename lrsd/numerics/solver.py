@@ -58,15 +58,27 @@ class Decomposition:
         return W_OI
 
 
-def decompose(W_OI: Tensor, gram_II: Tensor, *, rank: int, columns: int = 0, rows: int = 0) -> Decomposition:
+def decompose(
+    W_OI: Tensor,
+    gram_II: Tensor,
+    *,
+    rank: int,
+    columns: int = 0,
+    rows: int = 0,
+    start: Tensor | None = None,
+    alternate: bool = True,
+) -> Decomposition:
     """Minimise tr((W - L - S) G (W - L - S)^T) over rank L <= `rank` and S on the best columns or rows.
 
     Exact for the chosen columns (or rows); the choice itself alternates, see `structured`.
 
-    Args: W_OI (O, I) target weight; gram_II (I, I) mean of x x^T; both float64 or float32.
+    Args: W_OI (O, I) target weight; gram_II (I, I) mean of x x^T; both float64 or float32;
+        start: columns or rows to begin from, ascending, where they are known; alternate: whether
+        to improve on them.
     Raises: ValueError if both columns and rows are asked for, or a count is out of range.
     """
     out_features, in_features = W_OI.shape
+    chosen = start if start is not None and not alternate else None
     if columns and rows:
         raise ValueError(f"keep columns or rows, not both: got {columns} columns and {rows} rows")
     if not 0 <= rank <= min(out_features - rows, in_features - columns):
@@ -75,20 +87,17 @@ def decompose(W_OI: Tensor, gram_II: Tensor, *, rank: int, columns: int = 0, row
             f"kept columns and {rows} kept rows of a {out_features} x {in_features} weight, got {rank}"
         )
     none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
+    columns_K, rows_P, S_OK = none, none, W_OI[:, none]
     if rows:
-        rows_P = select_rows(W_OI, gram_II, rank, rows)
-        U_FR, V_RI = best_low_rank(W_OI[complement(rows_P, out_features)], gram_II, rank)
-        found = Decomposition(
-            (out_features, in_features), U_FR, V_RI, none, W_OI[:, none], rows_P, W_OI[rows_P],
-            mask_OK=None, error=0.0, history=(), status="exact",
-        )  # fmt: skip
+        rows_P = select_rows(W_OI, gram_II, rank, rows, start) if chosen is None else chosen
+        U_FR, V_RC = best_low_rank(W_OI[complement(rows_P, out_features)], gram_II, rank)
     else:
-        columns_K = select_columns(W_OI, gram_II, rank, columns)
-        U_OR, V_RC, S_OK = fit_beside_columns(W_OI, split_columns(gram_II, columns_K), rank)
-        found = Decomposition(
-            (out_features, in_features), U_OR, V_RC, columns_K, S_OK, none, W_OI[none],
-            mask_OK=None, error=0.0, history=(), status="exact",
-        )  # fmt: skip
+        columns_K = select_columns(W_OI, gram_II, rank, columns, start) if chosen is None else chosen
+        U_FR, V_RC, S_OK = fit_beside_columns(W_OI, split_columns(gram_II, columns_K), rank)
+    found = Decomposition(
+        (out_features, in_features), U_FR, V_RC, columns_K, S_OK, rows_P, W_OI[rows_P],
+        mask_OK=None, error=0.0, history=(), status="exact",
+    )  # fmt: skip
     error = relative_error(W_OI, found.dense(), gram_II)
     return replace(found, error=error, history=(error,))
 

@@ -81,8 +81,13 @@ def fit_beside_columns(W_OI: Tensor, split: ColumnSplit, rank: int) -> tuple[Ten
     return U_OR, V_RC, S_OK
 
 
-def select_columns(W_OI: Tensor, gram_II: Tensor, rank: int, count: int) -> Tensor:
-    """Choose `count` input columns to keep beside a rank-`rank` part; ascending indices, int64."""
+def select_columns(
+    W_OI: Tensor, gram_II: Tensor, rank: int, count: int, start: Tensor | None = None
+) -> Tensor:
+    """Choose `count` input columns to keep beside a rank-`rank` part; ascending indices, int64.
+
+    start: a set to begin from, where one is known.
+    """
 
     def refit(columns_K: Tensor) -> tuple[float, Tensor]:
         split = split_columns(gram_II, columns_K)
@@ -92,11 +97,14 @@ def select_columns(W_OI: Tensor, gram_II: Tensor, rank: int, count: int) -> Tens
         residual_OI[:, split.free_C] -= U_OR @ (U_OR.T @ W_OI[:, split.free_C])
         return _error_at(free_spectrum, rank), residual_OI
 
-    return _alternate(W_OI, gram_II, rank, count, column_gains, refit)
+    return _alternate(W_OI, gram_II, rank, count, start, column_gains, refit)
 
 
-def select_rows(W_OI: Tensor, gram_II: Tensor, rank: int, count: int) -> Tensor:
-    """Choose `count` output rows to keep beside a rank-`rank` part; ascending indices, int64."""
+def select_rows(W_OI: Tensor, gram_II: Tensor, rank: int, count: int, start: Tensor | None = None) -> Tensor:
+    """Choose `count` output rows to keep beside a rank-`rank` part; ascending indices, int64.
+
+    start: a set to begin from, where one is known.
+    """
 
     def refit(rows_P: Tensor) -> tuple[float, Tensor]:
         free_F = complement(rows_P, W_OI.shape[0])
@@ -105,7 +113,7 @@ def select_rows(W_OI: Tensor, gram_II: Tensor, rank: int, count: int) -> Tensor:
         # All rows against the span found on the free ones: a kept row has to earn its place again.
         return _error_at(free_spectrum, rank), W_OI - _project_rows(W_OI, V_RI, gram_II)
 
-    return _alternate(W_OI, gram_II, rank, count, row_gains, refit)
+    return _alternate(W_OI, gram_II, rank, count, start, row_gains, refit)
 
 
 def _alternate(
@@ -113,29 +121,38 @@ def _alternate(
     gram_II: Tensor,
     rank: int,
     count: int,
+    start: Tensor | None,
     gains: Callable[[Tensor, Tensor], Tensor],
     refit: Callable[[Tensor], tuple[float, Tensor]],
 ) -> Tensor:
     """Alternate scoring on W - L with the exact L beside the chosen set; the set of least error wins.
 
-    Two starts: L first (scores on the residual of the best low rank) and S first (scores on W).
+    Without a start there are two: L first (scores on the residual of the best low rank) and S first
+    (scores on W itself).
     """
     if count == 0:
         return torch.zeros(0, dtype=torch.int64, device=W_OI.device)
-    U_OR = spectrum(W_OI, gram_II).basis_OR[:, :rank]
+    if start is not None:
+        firsts = [start]
+    else:
+        U_OR = spectrum(W_OI, gram_II).basis_OR[:, :rank]
+        residuals = (W_OI - U_OR @ (U_OR.T @ W_OI), W_OI)
+        firsts = [_top(gains(residual_OI, gram_II), count) for residual_OI in residuals]
     best_error, best_chosen = torch.inf, None
-    for residual_OI in (W_OI - U_OR @ (U_OR.T @ W_OI), W_OI):
-        previous = None
+    for chosen in firsts:
         for _ in range(_ROUNDS):
-            chosen = gains(residual_OI, gram_II).topk(count).indices.sort().values
-            if previous is not None and torch.equal(chosen, previous):
-                break
             error, residual_OI = refit(chosen)
             if error < best_error:
                 best_error, best_chosen = error, chosen
-            previous = chosen
+            previous, chosen = chosen, _top(gains(residual_OI, gram_II), count)
+            if torch.equal(chosen, previous):
+                break
     assert best_chosen is not None, "non-finite error: inputs are checked before they come here"
     return best_chosen
+
+
+def _top(gains: Tensor, count: int) -> Tensor:
+    return gains.topk(count).indices.sort().values
 
 
 def _error_at(free_spectrum: Spectrum, rank: int) -> float:
