@@ -103,24 +103,51 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     help="16-bit bytes of the linear weights before / after: 1.25x, 1.25, or 80% kept.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New directory for the checkpoint.")
-@click.option("--calib", default="self", show_default=True, metavar="SOURCE",
-              help="Calibration text: self (sampled from the model), wikitext, c4, a text or JSONL file, or a hub data set.")  # fmt: skip
+@click.option(
+    "--calib",
+    default="self",
+    show_default=True,
+    metavar="SOURCE",
+    help="Calibration text: self (sampled from the model), wikitext, c4, a text or JSONL file, "
+    "or a hub data set.",
+)
 @click.option("--samples", default=128, show_default=True, help="Calibration samples.")
 @click.option("--seqlen", default=512, show_default=True, help="Tokens per calibration sample.")
 @click.option("--seed", default=0, show_default=True, help="Seed of the calibration text.")
-@click.option("--method", default="lrsd", show_default=True,
-              type=click.Choice(["lrsd", "ssd", "svd-llm", "asvd", "svd"]), help="lrsd, or a published method to compare with.")  # fmt: skip
-@click.option("--structure", default="auto", show_default=True,
-              type=click.Choice(["auto", "column", "row", "unstructured", "none"]),
-              help="What S keeps beside the low rank: input channels (column), output channels (row), the better per layer (auto).")  # fmt: skip
-@click.option("--allocation", default="auto", show_default=True, type=click.Choice(["auto", "kl", "uniform", "energy"]),
-              help="How bytes are shared among layers: by output KL, equally, by one energy threshold; auto keeps what is best on held-out text.")  # fmt: skip
-@click.option("--rank", default="auto", show_default=True, metavar="auto|energy|N", help="auto: by --allocation; energy: one energy threshold; N: this rank everywhere.")  # fmt: skip
+@click.option(
+    "--method",
+    default="lrsd",
+    show_default=True,
+    type=click.Choice(["lrsd", "ssd", "svd-llm", "asvd", "svd"]),
+    help="lrsd, or a published method to compare with.",
+)
+@click.option(
+    "--structure",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "column", "row", "unstructured", "none"]),
+    help="What S keeps beside the low rank: input channels (column), output channels (row), "
+    "single entries (unstructured), or per layer the better of column and row (auto).",
+)
+@click.option(
+    "--allocation",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "kl", "uniform", "energy"]),
+    help="How layers share the bytes: by their effect on the output (kl), equally, or by one energy "
+    "threshold; auto keeps the best on held-out text (published methods: their own rule).",
+)
+@click.option(
+    "--rank",
+    default="auto",
+    show_default=True,
+    metavar="auto|energy|N",
+    help="auto: by --allocation; energy: one energy threshold; N: this rank everywhere.",
+)
 @click.option(
     "--propagate/--no-propagate",
-    default=True,
-    show_default=True,
-    help="Fit each layer behind the compressed ones before it.",
+    default=None,
+    help="Fit each layer behind the compressed ones before it.  [default: yes for method lrsd]",
 )
 @click.option(
     "--mean-correction/--no-mean-correction",
@@ -128,7 +155,9 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     show_default=True,
     help="Buy a bias that restores each layer's mean output.",
 )
-@click.option("--alternations", default=5, show_default=True, help="Rounds of a thresholded S (method ssd).")
+@click.option(
+    "--alternations", default=5, show_default=True, help="Rounds of choosing S and fitting L; 1 is none."
+)
 @click.option(
     "--dtype",
     default="auto",
@@ -141,8 +170,13 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
 @click.option(
     "--dry-run", is_flag=True, help="Show the plan per layer, its bytes and a time estimate; write nothing."
 )
-@click.option("--recipe", type=click.Path(exists=True, dir_okay=False, path_type=Path), is_eager=True, callback=_read_recipe,
-              help="TOML or JSON file with any of these settings; OUTPUT/recipe.json is one.")  # fmt: skip
+@click.option(
+    "--recipe",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    is_eager=True,
+    callback=_read_recipe,
+    help="TOML or JSON file with any of these settings; OUTPUT/recipe.json is one.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def compress(
     model: str, output: Path | None, dry_run: bool, as_json: bool, recipe: Path | None, **options: Any
@@ -152,10 +186,11 @@ def compress(
         raise click.UsageError("give an output directory with -o, or --dry-run")
     from dataclasses import asdict
 
+    from lrsd_cli.progress import make_progress
+
     from lrsd.compress import compress as run
     from lrsd.compress import dry_run as plan_only
     from lrsd.report import plan_table, summary_lines
-    from lrsd_cli.progress import make_progress
 
     settings, calibration = _settings(options)
     progress = make_progress()
@@ -233,9 +268,10 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure MODEL, compressed or dense: perplexity, divergence from the dense model, speed."""
+    from lrsd_cli.progress import make_progress
+
     from lrsd.evaluate import evaluate as run
     from lrsd.report import evaluation_lines
-    from lrsd_cli.progress import make_progress
 
     texts = ppl if ppl or speed else ("wikitext",)
     result = run(

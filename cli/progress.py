@@ -3,8 +3,9 @@
 import sys
 import time
 
-from lrsd.progress import Progress
 from tqdm import tqdm
+
+from lrsd.progress import Progress
 
 # Seconds between two lines of one stage in a log, so that a long job stays readable.
 _LINE_EVERY = 10.0

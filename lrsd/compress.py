@@ -1,8 +1,9 @@
 """The main job: model and text in, a compressed checkpoint directory out."""
 
+import json
 import platform
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
-from lrsd.config import CalibrationSettings, CompressionSettings
+from lrsd.config import CalibrationSettings, CompressionSettings, recipe
 from lrsd.data import read_text, self_calibration, token_blocks
 from lrsd.errors import BudgetError, InputError
 from lrsd.model.hf import mark_packed
@@ -42,6 +43,7 @@ from lrsd.numerics.solver import (
 from lrsd.progress import Progress
 from lrsd.report import model_card
 from lrsd.storage.checkpoint import (
+    RECIPE_NAME,
     LayerRecord,
     Manifest,
     new_directory,
@@ -49,7 +51,7 @@ from lrsd.storage.checkpoint import (
     stored_bytes,
     write_manifest,
 )
-from lrsd.survey import Survey, metric, needs_sensitivity, survey_model
+from lrsd.survey import Survey, metric, survey_model
 
 # One sample in eight is kept out of the fit: it chooses the blend and the plan.
 _HELD_OUT = 8
@@ -224,13 +226,13 @@ def choose_plan(
     curves, sensitivity = survey.curves, survey.sensitivity
     if settings.rank is not None:
         return _fixed_rank(curves, budget, settings.rank), {}, "rank"
-    if settings.allocation == "energy":
+    if settings.allocates_by == "energy":
         return allocate_energy(curves, budget), {}, "energy"
-    if settings.allocation == "uniform":
+    if settings.allocates_by == "uniform":
         return allocate_uniform(curves, budget), {}, "uniform"
     floor = _FLOOR / settings.ratio
     by_kl = allocate_by_weight(curves, sensitivity, budget, floor)
-    if settings.allocation == "kl":
+    if settings.allocates_by == "kl":
         return by_kl, {}, "kl"
     timid = {name: weight**0.5 for name, weight in sensitivity.items()}
     plans = {
@@ -311,20 +313,18 @@ def fit_blocks(prepared: Prepared, settings: CompressionSettings, progress: Prog
     fitted: dict[str, Fitted] = {}
     dense_stream, stream = prepared.stream, prepared.stream
     for index, block in enumerate(replay.layout.blocks):
-        if settings.propagate:
+        if settings.propagates:
             dense_inputs, dense_stream = _dense_pass(replay, index, dense_stream)
         for group in block.groups:
-            if settings.propagate:
+            if settings.propagates:
                 pair = _pair_moments(replay, index, group, dense_inputs.pop(group.name), dense_stream, stream)
                 aims = {spec.name: _propagated_aim(model, spec, pair) for spec in group.linears}
             else:
                 moments = prepared.survey.moments[group.name]
                 aims = {spec.name: _plain_aim(model, spec, moments, settings) for spec in group.linears}
             for spec in group.linears:
-                fitted[spec.name] = _fit_layer(
-                    model, spec, prepared.plan[spec.name], aims[spec.name], settings
-                )
-        if settings.propagate:
+                fitted[spec.name] = _fit_layer(prepared, spec, aims[spec.name], settings)
+        if settings.propagates:
             stream = [replay.run(index, hidden) for hidden in stream]
         progress.step(block.name)
     return fitted
@@ -392,7 +392,7 @@ def _pair_moments(
 
 
 def _propagated_aim(model: nn.Module, spec: LinearSpec, pair: _Pair) -> _Aim:
-    """A weight on the way from W to W*, which makes up for the prefix's errors, as far as held-out text agrees.
+    """A weight between W and W*, which makes up for the prefix's errors, as far as held-out text agrees.
 
     The held-out error is quadratic along W + b (W* - W), so that the best blend b has a closed form.
     """
@@ -456,7 +456,8 @@ def solve_layer(
 ) -> Decomposition:
     """The decomposition that a plan asks for, from the columns or rows that the survey found."""
     support = curve.support_of(plan)
-    assert plan.rank is not None and support is not None, "dense layers are not solved"
+    assert plan.rank is not None, "dense layers are not solved"
+    assert support is not None, "a plan's support is one of its curve's"
     if plan.entries is not None:
         return decompose_thresholded(
             W_OI, gram_II, rank=plan.rank, columns=plan.columns, entries=plan.entries,
@@ -525,6 +526,7 @@ def _write(
             untouched=prepared.replay.layout.untouched,
         )
         write_manifest(aside, manifest)
+        (aside / RECIPE_NAME).write_text(json.dumps(recipe(settings, calibration), indent=1) + "\n")
         (aside / "README.md").write_text(model_card(manifest), encoding="utf-8")
     return manifest
 

@@ -2,8 +2,8 @@
 
 import math
 import re
-from dataclasses import dataclass
-from typing import Literal, get_args
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, get_args
 
 from lrsd.errors import SettingsError
 
@@ -38,8 +38,10 @@ class CompressionSettings:
 
     ratio: 16-bit bytes of the linear weights before / after. method: "lrsd", or a published method
     as a preset of the same solver. structure: which channels S may keep. allocation: how bytes are
-    shared among layers. rank: one rank for every layer instead of an allocation. propagate: fit
-    behind the compressed prefix. alternations: rounds of a thresholded S. batch: samples per pass.
+    shared among layers; "auto" is the best of three on held-out text for lrsd, one energy threshold
+    for ssd, equal shares for the others. rank: one rank for every layer instead. propagate: fit
+    behind the compressed prefix; None: only lrsd does. alternations: rounds between S and L (1: none).
+    batch: samples per forward pass.
     """
 
     ratio: float
@@ -47,7 +49,7 @@ class CompressionSettings:
     structure: Structure = "auto"
     allocation: Allocation = "auto"
     rank: int | None = None
-    propagate: bool = True
+    propagate: bool | None = None
     mean_correction: bool = False
     alternations: int = 5
     dtype: Dtype = "auto"
@@ -65,6 +67,25 @@ class CompressionSettings:
         _at_least("batch", self.batch, 1)
         if self.rank is not None:
             _at_least("rank", self.rank, 1)
+
+    @property
+    def propagates(self) -> bool:
+        return self.method == "lrsd" if self.propagate is None else self.propagate
+
+    @property
+    def allocates_by(self) -> Allocation:
+        if self.allocation != "auto" or self.method == "lrsd":
+            return self.allocation
+        return "energy" if self.method == "ssd" else "uniform"
+
+
+def recipe(settings: CompressionSettings, calibration: CalibrationSettings) -> dict[str, Any]:
+    """All settings under the names of the command line's options, as `--recipe` reads them."""
+    options = asdict(settings) | asdict(calibration)
+    options["calib"] = options.pop("source")
+    options["ratio"] = f"{settings.ratio!r}x"
+    options["rank"] = "auto" if settings.rank is None else settings.rank
+    return options
 
 
 def parse_ratio(text: str) -> float:

@@ -31,7 +31,10 @@ def summary_lines(manifest: Manifest) -> list[str]:
 
 def layer_table(manifest: Manifest) -> str:
     """One row per linear weight."""
-    header = f"{'layer':<40} {'shape':>11} {'rank':>5} {'cols':>5} {'rows':>5} {'bits':>5} {'KB':>7} {'ratio':>6} {'error':>8} {'blend':>5}  status"
+    header = (
+        f"{'layer':<40} {'shape':>11} {'rank':>5} {'cols':>5} {'rows':>5} {'bits':>5} {'KB':>7} "
+        f"{'ratio':>6} {'error':>8} {'blend':>5}  status"
+    )
     rows = [header]
     for name, layer in manifest.layers.items():
         rank = "dense" if layer.rank is None else str(layer.rank)
@@ -60,9 +63,11 @@ def plan_table(prepared: Prepared) -> str:
     return "\n".join([
         *rows,
         "",
-        f"linear weights  {_mb(total)} -> {_mb(planned)}, {total / planned:.4g}x (budget {prepared.budget:,} bytes)",
+        f"linear weights  {_mb(total)} -> {_mb(planned)}, {total / planned:.4g}x "
+        f"(budget {prepared.budget:,} bytes)",
         f"allocation      {prepared.chosen}",
-        f"time            {sum(prepared.seconds.values()):.0f} s so far, about {prepared.remaining_seconds:.0f} s to go",
+        f"time            {sum(prepared.seconds.values()):.0f} s so far, "
+        f"about {prepared.remaining_seconds:.0f} s to go",
     ])  # fmt: skip
 
 
@@ -72,11 +77,13 @@ def evaluation_lines(result: EvalResult) -> list[str]:
     for score in result.perplexity:
         lines.append(f"perplexity {score.perplexity:.4g}  {score.text}")
         lines.append(
-            f"  {score.windows} windows of {score.seqlen}, {score.scored_tokens:,} tokens scored; {score.protocol}"
+            f"  {score.windows} windows of {score.seqlen}, {score.scored_tokens:,} tokens scored; "
+            f"{score.protocol}"
         )
     for score, distance in zip(result.perplexity, result.divergence, strict=False):
         lines.append(
-            f"KL {distance.kl:.4g} nats per token, top-1 agreement {distance.top1_agreement:.1%}  {score.text}"
+            f"KL {distance.kl:.4g} nats per token, "
+            f"top-1 agreement {distance.top1_agreement:.1%}  {score.text}"
         )
     if result.speed is not None:
         lines.append(

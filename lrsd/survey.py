@@ -81,7 +81,7 @@ def survey_model(
 
 
 def needs_sensitivity(settings: CompressionSettings) -> bool:
-    return settings.allocation in ("auto", "kl") and settings.rank is None
+    return settings.allocates_by in ("auto", "kl") and settings.rank is None
 
 
 def block_moments(replay: Replay, index: int, stream: Stream) -> tuple[dict[str, Moments], Stream]:

@@ -12,7 +12,8 @@ from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
-from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrsd.errors import CheckpointError
@@ -29,7 +30,7 @@ class LrsdConfig(QuantizationConfigMixin):
     def __init__(
         self, layers: dict[str, dict[str, Any]] | None = None, format_version: int = FORMAT_VERSION, **_: Any
     ) -> None:
-        self.quant_method = "lrsd"
+        self.quant_method = "lrsd"  # type: ignore[assignment]  # transformers names its own methods only
         self.format_version = format_version
         self.layers = layers or {}
         if format_version != FORMAT_VERSION:
@@ -113,9 +114,9 @@ def mark_packed(model: PreTrainedModel, formats: dict[str, LayerFormat]) -> None
     """Make `save_pretrained` write the packed form of a model whose layers were replaced in memory."""
     config = LrsdConfig(layers={name: layout.to_dict() for name, layout in formats.items()})
     model.config.quantization_config = config
-    model.hf_quantizer = LrsdQuantizer(config, pre_quantized=True)
-    model.is_quantized = True
-    model.quantization_method = config.quant_method
+    state = {"hf_quantizer": LrsdQuantizer(config), "is_quantized": True, "quantization_method": "lrsd"}
+    for name, value in state.items():
+        setattr(model, name, value)
 
 
 def _require_tensors(model: nn.Module, layers: Iterable[str], checkpoint_files: list[str]) -> None:

@@ -117,7 +117,8 @@ class LowRankSparseLinear(nn.Module):
         with torch.no_grad():
             for name, parameter in packed.named_parameters():
                 value = stored[name]
-                assert value is not None and value.shape == parameter.shape, name
+                assert value is not None, name
+                assert value.shape == parameter.shape, name
                 parameter.copy_(value)
         return packed
 
@@ -175,7 +176,8 @@ class LowRankSparseLinear(nn.Module):
         return _interleave(linear(x, self.row_values), low, self.rows)
 
     def _masked_values(self) -> Tensor:
-        assert self.mask is not None and self.entries is not None
+        assert self.mask is not None
+        assert self.entries is not None
         mask_OK = _unpack_bits(self.mask, self.out_features * self.layout.columns)
         values_OK = self.entries.new_zeros(mask_OK.shape)
         values_OK[mask_OK] = self.entries

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -61,7 +61,8 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise InputError(f"cannot load {source}: {_first_line(error)}") from error
     tokenizer = _load_tokenizer(where, source, arguments)
-    return LoadedModel(model.to(target).eval(), tokenizer, source, stored_as or native)
+    nn.Module.to(model, target)
+    return LoadedModel(model.eval(), tokenizer, source, stored_as or native)
 
 
 def fingerprint(model: PreTrainedModel) -> str:

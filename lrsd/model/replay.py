@@ -5,7 +5,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -15,7 +14,7 @@ from lrsd.model.layout import Block, Layout
 Stream = list[Tensor]
 
 
-class _Reached(Exception):
+class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """Raised by a hook to leave a forward pass as soon as it has what it came for."""
 
 
@@ -116,7 +115,7 @@ class Replay:
         """The first `count` blocks hand their input through, for as long as the context lasts."""
         blocks = [self.block(index) for index in range(count)]
         for block in blocks:
-            block.forward = self._hand_through  # type: ignore[method-assign]
+            block.forward = self._hand_through
         try:
             yield
         finally:

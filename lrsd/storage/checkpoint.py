@@ -23,6 +23,7 @@ from lrsd.numerics.allocate import Shape
 
 MANIFEST_NAME = "lrsd.json"
 MANIFEST_VERSION = 1
+RECIPE_NAME = "recipe.json"
 
 
 @dataclass(frozen=True)
@@ -206,7 +207,7 @@ def export_dense(
     return total
 
 
-_PACKED_ONLY = {"config.json", MANIFEST_NAME, "model.safetensors.index.json"}
+_PACKED_ONLY = {"config.json", MANIFEST_NAME, RECIPE_NAME, "model.safetensors.index.json"}
 
 
 def _dense_tensors(
