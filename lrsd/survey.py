@@ -2,23 +2,21 @@
 
 import math
 from collections.abc import Callable, Sequence
-from copy import deepcopy
 from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
-from transformers import PreTrainedModel
 
 from lrsd.config import CompressionSettings
-from lrsd.model.layout import Block, InputGroup, Layout, LinearSpec, read_weight, replaced_weight
+from lrsd.model.layout import LinearSpec, read_weight
 from lrsd.model.load import check_finite
 from lrsd.model.replay import Replay, Stream
 from lrsd.numerics.allocate import LayerCurve, LayerPlan, Support
 from lrsd.numerics.lowrank import Spectrum, complement, spectrum, spectrum_errors
 from lrsd.numerics.moments import Moments
 from lrsd.numerics.structured import column_gains, row_gains, split_columns
+from lrsd.sensitivity import Perturbation, Probe
 
 # Kept fractions of a layer's columns or rows that are tried, and the two that a search begins at.
 _FRACTIONS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
@@ -29,9 +27,6 @@ _SSD_COLUMNS = 1 / 32
 _SSD_KEPT = 0.37
 # Unstructured S of the ablation: the share of a layer's byte budget that goes to it.
 _UNSTRUCTURED_SHARE = 0.25
-# Tokens of a sensitivity probe: 512 rank 210 layers as 2,048 do (measured), in a quarter of the time.
-_PROBE_SAMPLES = 2
-_PROBE_TOKENS = 192
 
 
 @dataclass(frozen=True)
@@ -56,27 +51,28 @@ def survey_model(
         probes are cut from.
     """
     layout = replay.layout
-    probe = _Probe(replay.model, layout, tokens) if needs_sensitivity(settings) else None
+    probe = Probe(replay.model, layout, tokens) if needs_sensitivity(settings) else None
     moments: dict[str, Moments] = {}
     curves: dict[str, LayerCurve] = {}
     sensitivity: dict[str, float] = {}
     for index, block in enumerate(layout.blocks):
         found, stream = block_moments(replay, index, stream)
         moments |= found
-        for group, spec in _linears(block):
-            W_OI = read_weight(replay.model, spec).double()
-            check_finite(f"{spec.name}.weight", W_OI)
+        for group in block.groups:
             gram_II = metric(settings, found[group.name])
-            check_finite(f"the input of {spec.name}", gram_II)
-            whole = spectrum(W_OI, gram_II)
-            curves[spec.name] = layer_curve(W_OI, gram_II, whole, spec, settings)
-            sensitivity[spec.name] = (
-                probe.measure(index, spec, W_OI, whole, curves[spec.name], settings) if probe else 1.0
-            )
+            check_finite(f"the input of {group.name}", gram_II)
+            perturbations = []
+            for spec in group.linears:
+                W_OI = read_weight(replay.model, spec).double()
+                whole = spectrum(W_OI, gram_II)
+                curves[spec.name] = layer_curve(W_OI, gram_II, whole, spec, settings)
+                perturbations.append(_perturbation(spec, W_OI, whole, curves[spec.name], settings))
+            sensitivity |= probe.measure(perturbations) if probe else {}
         if probe:
-            probe.advance(index)
+            probe.advance()
         progress(block.name)
-    return Survey(moments, curves, sensitivity)
+    unmeasured = 0.0 if probe else 1.0
+    return Survey(moments, curves, {name: sensitivity.get(name, unmeasured) for name in curves})
 
 
 def needs_sensitivity(settings: CompressionSettings) -> bool:
@@ -143,16 +139,17 @@ def layer_curve(
 
     for structure, measure in (("column", _columns_support), ("row", _rows_support)):
         if settings.structure in ("auto", structure):
-            supports += _search(partial(measure, W_OI, gram_II, residual_OI, total), at_target)
+            supports += _search(partial(measure, W_OI, gram_II, residual_OI, total), at_target, plain)
     return curve(supports)
 
 
 def _search(
-    measure: Callable[[float], Support], at_target: Callable[[Support], LayerPlan | None]
+    measure: Callable[[float], Support], at_target: Callable[[Support], LayerPlan | None], plain: Support
 ) -> list[Support]:
     """Supports around the kept fraction of least error at the layer's share of the bytes.
 
-    From two fractions of the ladder on towards the better side, until the error rises.
+    From two fractions of the ladder on towards the better side, until the error rises; none where
+    neither of the two errs less than low rank alone.
     """
     found: dict[int, Support] = {}
     errors: dict[int, float] = {}
@@ -160,11 +157,16 @@ def _search(
     def visit(position: int) -> None:
         if 0 <= position < len(_FRACTIONS) and position not in found:
             found[position] = measure(_FRACTIONS[position])
-            plan = at_target(found[position])
-            errors[position] = plan.error if plan is not None else math.inf
+            errors[position] = error(found[position])
+
+    def error(support: Support) -> float:
+        plan = at_target(support)
+        return plan.error if plan is not None else math.inf
 
     for position in _STARTS:
         visit(position)
+    if min(errors.values()) >= error(plain):
+        return []
     best = None
     while best != min(errors, key=errors.__getitem__):
         best = min(errors, key=errors.__getitem__)
@@ -194,44 +196,13 @@ def _rows_support(
     return Support(0, count, errors_R.cpu(), kept=rows_P)
 
 
-class _Probe:
-    """Forward-only sensitivity: KL(dense || one layer perturbed) on a few tokens, in float32.
-
-    In bfloat16 the rounding alone moves the output by about 1e-3 nats, as much as most layers do.
-    """
-
-    def __init__(self, model: PreTrainedModel, layout: Layout, tokens: Tensor) -> None:
-        self.tokens = tokens[:_PROBE_SAMPLES, :_PROBE_TOKENS]
-        self.replay, stream = Replay.start(deepcopy(model).float(), layout, [self.tokens])
-        self.hidden = stream[0]
-        self.reference = log_softmax(self.replay.logits_from(0, self.tokens, self.hidden), -1)
-
-    def measure(
-        self,
-        index: int,
-        spec: LinearSpec,
-        W_OI: Tensor,
-        whole: Spectrum,
-        curve: LayerCurve,
-        settings: CompressionSettings,
-    ) -> float:
-        """KL per unit of relative error, at the error this layer has under a uniform plan."""
-        low_rank_only = replace(curve, supports=curve.supports[:1])
-        plan = low_rank_only.best_within(curve.shape.dense_bytes / settings.ratio)
-        rank = plan.rank if plan is not None and plan.rank is not None else 1
-        rank = min(rank, min(W_OI.shape) - 1)
-        error = float(curve.supports[0].errors_R[rank])
-        if error <= 0:
-            return 0.0
-        U_OR = whole.basis_OR[:, :rank]
-        with replaced_weight(self.replay.model, spec, U_OR @ (U_OR.T @ W_OI)):
-            perturbed = log_softmax(self.replay.logits_from(index, self.tokens, self.hidden), -1)
-        divergence = kl_div(perturbed, self.reference, reduction="sum", log_target=True)
-        return max(float(divergence), 0.0) / self.tokens.numel() / error
-
-    def advance(self, index: int) -> None:
-        self.hidden = self.replay.run(index, self.hidden)
-
-
-def _linears(block: Block) -> list[tuple[InputGroup, LinearSpec]]:
-    return [(group, spec) for group in block.groups for spec in group.linears]
+def _perturbation(
+    spec: LinearSpec, W_OI: Tensor, whole: Spectrum, curve: LayerCurve, settings: CompressionSettings
+) -> Perturbation:
+    """The low-rank fit that this layer would get under a uniform plan: a probe near its later error."""
+    low_rank_only = replace(curve, supports=curve.supports[:1])
+    plan = low_rank_only.best_within(curve.shape.dense_bytes / settings.ratio)
+    rank = plan.rank if plan is not None and plan.rank is not None else 1
+    rank = min(rank, min(W_OI.shape) - 1)
+    U_OR = whole.basis_OR[:, :rank]
+    return Perturbation(spec, U_OR @ (U_OR.T @ W_OI), float(curve.supports[0].errors_R[rank]))

@@ -3,8 +3,10 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from inspect import signature
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -95,8 +97,12 @@ class Replay:
         # 16-bit rounding of the shifted sum allows no more than a few per cent of the shift.
         return bool((moved - shift).abs().median() < 0.05 * shift)
 
-    def logits_from(self, index: int, tokens: Tensor, hidden: Tensor) -> Tensor:
-        """Logits when block `index` reads `hidden`, float32; the model's own code runs what follows."""
+    def logits_from(self, index: int, tokens: Tensor, hidden: Tensor, every: int = 1) -> Tensor:
+        """Logits when block `index` reads `hidden`, float32; the model's own code runs what follows.
+
+        every: only those of every so many tokens, which spares most of the head.
+        """
+        kept = torch.arange(0, hidden.shape[1], every, device=hidden.device)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
@@ -106,7 +112,10 @@ class Replay:
         handle = self.block(index).register_forward_pre_hook(enter, with_kwargs=True)
         try:
             with self._skipped(index):
-                return self.model(tokens.to(self.model.device), use_cache=False).logits.float()
+                tokens = tokens.to(self.model.device)
+                if "logits_to_keep" in signature(self.model.forward).parameters:
+                    return self.model(tokens, use_cache=False, logits_to_keep=kept).logits.float()
+                return self.model(tokens, use_cache=False).logits[:, kept].float()
         finally:
             handle.remove()
 
