@@ -42,14 +42,23 @@ def main() -> None:
         click.echo("interrupted; nothing was written", err=True)
         code = 130
     except click.ClickException as error:
-        error.show()
-        code = error.exit_code
+        code = _wrong_usage(error)
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
     except Exception as error:
         code = _report(error)
     sys.exit(code)
+
+
+def _wrong_usage(error: click.ClickException) -> int:
+    context = error.ctx if isinstance(error, click.UsageError) else None
+    if context is None or error.message == context.get_help():  # a bare `lrsd` is answered by the help
+        error.show()
+    else:
+        message = error.format_message().rstrip(".")
+        click.echo(f"lrsd: {message}; see {context.command_path} --help", err=True)
+    return error.exit_code
 
 
 def _report(error: Exception) -> int:
@@ -79,10 +88,10 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     """Make the recipe's values the defaults of the options; what is typed still wins."""
     if path is None:
         return None
-    text = path.read_text(encoding="utf-8")
     try:
+        text = path.read_text(encoding="utf-8")
         recipe = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise click.BadParameter(f"{path} is neither TOML nor JSON: {error}") from error
     known = {p.name for p in context.command.params if p.name not in ("model", "output", "recipe")}
     unknown = sorted(set(recipe) - known) if isinstance(recipe, dict) else ["(no table at the top)"]
@@ -90,6 +99,9 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
         raise click.BadParameter(
             f"{path}: unknown setting {unknown[0]!r}; available: {', '.join(sorted(known))}"
         )
+    for name, value in recipe.items():
+        if not isinstance(value, str | int | float | None):
+            raise click.BadParameter(f"{path}: {name} must be a text or a number, got {value!r}")
     context.default_map = {**(context.default_map or {}), **recipe}
     return path
 

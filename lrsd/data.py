@@ -139,9 +139,12 @@ def _read_file(path: Path) -> str:
     rows = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
-            rows.append(json.loads(line)["text"])
+            row = json.loads(line)["text"]
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise InputError(f'{path}:{number}: expected a JSON object with a "text" field') from error
+        if not isinstance(row, str):
+            raise InputError(f'{path}:{number}: expected a string in "text", got {type(row).__name__}')
+        rows.append(row)
     return _join(rows)
 
 

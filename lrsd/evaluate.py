@@ -91,8 +91,11 @@ def evaluate(
     # Texts first: a wrong name should not cost the loading of a model.
     contents = {text: read_text(text, split="test", option="--ppl") for text in texts}
     loaded = load_model(source, dtype=dtype, device=device)
+    context = loaded.context_length
+    length = seqlen or min(_DEFAULT_SEQLEN, context or _DEFAULT_SEQLEN)
+    if context is not None and length > context:
+        raise InputError(f"the model reads at most {context} tokens; lower --seqlen from {length}")
     reference = load_model(dense, dtype=dtype, device=device) if dense is not None else None
-    length = seqlen or min(_DEFAULT_SEQLEN, loaded.context_length or _DEFAULT_SEQLEN)
     scores: list[Perplexity] = []
     distances: list[Divergence] = []
     for text, content in contents.items():
@@ -185,7 +188,10 @@ def speed(loaded: LoadedModel) -> Speed:
     """Prefill and decode tokens per second at batch 1, best of three."""
     model = loaded.model
     vocabulary = model.config.get_text_config().vocab_size
-    prompt = torch.randint(vocabulary, (1, _PREFILL_TOKENS), generator=torch.Generator().manual_seed(0))
+    context = loaded.context_length or _PREFILL_TOKENS + _DECODE_TOKENS
+    decoded = min(_DECODE_TOKENS, context // 2)
+    prefilled = min(_PREFILL_TOKENS, context - decoded)
+    prompt = torch.randint(vocabulary, (1, prefilled), generator=torch.Generator().manual_seed(0))
     prompt = prompt.to(model.device)
     prefill = decode = math.inf
     for _ in range(_SPEED_REPEATS):
@@ -194,13 +200,13 @@ def speed(loaded: LoadedModel) -> Speed:
         prefill = min(prefill, _now(model) - start)
         token, cache = state.logits[:, -1:].argmax(-1), state.past_key_values
         start = _now(model)
-        for _ in range(_DECODE_TOKENS):
+        for _ in range(decoded):
             state = model(token, past_key_values=cache, use_cache=True)
             token = state.logits[:, -1:].argmax(-1)
         decode = min(decode, _now(model) - start)
     return Speed(
-        prefill=_PREFILL_TOKENS / prefill,
-        decode=_DECODE_TOKENS / decode,
+        prefill=prefilled / prefill,
+        decode=decoded / decode,
         device=str(model.device),
         threads=torch.get_num_threads(),
     )

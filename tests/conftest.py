@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, Pr
 
 MakeModel = Callable[[PretrainedConfig], Path]
 
-torch.set_num_threads(2)
+# Matrices this small gain nothing from a second thread, and on a busy machine lose a factor of ten.
+torch.set_num_threads(1)
 
 
 @pytest.fixture

@@ -127,9 +127,9 @@ class LowRankSparseLinear(nn.Module):
         y = self._with_kept_rows(low, x)
         if self.column_values is not None:
             assert self.columns is not None
-            y = y + linear(x.index_select(-1, self.columns.long()), self.column_values)
+            y = y + linear(x[..., self.columns.long()], self.column_values)
         elif self.mask is not None:
-            kept = x if self.columns is None else x.index_select(-1, self.columns.long())
+            kept = x if self.columns is None else x[..., self.columns.long()]
             y = y + linear(kept, self._masked_values())
         return y if self.bias is None else y + self.bias
 
@@ -160,7 +160,7 @@ class LowRankSparseLinear(nn.Module):
     def _free_columns(self, x: Tensor) -> Tensor:
         if self.columns is None or self.mask is not None:
             return x
-        return x.index_select(-1, complement(self.columns, self.in_features))
+        return x[..., complement(self.columns, self.in_features)]
 
     def _free_rows(self, z: Tensor) -> Tensor:
         """L x on the free rows from the pivot rows' outputs z."""
@@ -192,10 +192,15 @@ def _index_dtype(size: int) -> torch.dtype:
 
 
 def _interleave(chosen: Tensor, others: Tensor, indices: Tensor) -> Tensor:
-    """Merge along the last dimension: `chosen` at `indices`, `others` in between, in order."""
+    """Merge along the last dimension: `chosen` at `indices`, `others` in between, in order.
+
+    Written into place: a gather of the concatenation takes longer than the products themselves.
+    """
     size = chosen.shape[-1] + others.shape[-1]
-    order = torch.cat([indices.long(), complement(indices, size)])
-    return torch.cat([chosen, others], dim=-1).index_select(-1, order.argsort())
+    merged = chosen.new_empty(*chosen.shape[:-1], size)
+    merged[..., indices.long()] = chosen
+    merged[..., complement(indices, size)] = others
+    return merged
 
 
 def _pack_bits(mask: Tensor) -> Tensor:

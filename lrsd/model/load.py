@@ -56,7 +56,7 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
         native = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         chosen = _resolve_dtype(dtype, native)
         model = AutoModelForCausalLM.from_pretrained(
-            where, dtype=chosen, trust_remote_code=False, **_safe(arguments)
+            where, config=config, dtype=chosen, trust_remote_code=False, **_safe(arguments)
         )
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise InputError(f"cannot load {source}: {_first_line(error)}") from error

@@ -1,0 +1,130 @@
+"""The packed layer computes what the decomposition says, from the values it says."""
+
+import pytest
+import torch
+from layers import random_layer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lrsd.model.linear import LowRankSparseLinear
+from lrsd.numerics.allocate import LayerPlan, Shape
+from lrsd.numerics.solver import Decomposition, decompose, decompose_thresholded
+
+OUT, IN = 19, 13  # odd, so that the bit mask does not end on a byte
+PLANS = {
+    "low rank": LayerPlan(5),
+    "columns": LayerPlan(4, columns=3),
+    "rows": LayerPlan(4, rows=3),
+    "thresholded": LayerPlan(4, columns=5, entries=41),
+    "unstructured": LayerPlan(4, columns=IN, entries=41),
+    "unpivoted": LayerPlan(4, columns=3, pivoted=False),
+    "unpivoted rows": LayerPlan(4, rows=3, pivoted=False),
+    "columns only": LayerPlan(0, columns=3),
+    "rows only": LayerPlan(0, rows=3),
+    "nothing": LayerPlan(0),
+    "full rank": LayerPlan(IN),
+    "full rank beside columns": LayerPlan(IN - 3, columns=3),
+    "full rank beside rows": LayerPlan(OUT - 10, rows=10),
+    "no entries": LayerPlan(4, columns=5, entries=0),
+}
+every_kind = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
+with_or_without_bias = pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+
+
+def solved(generator: torch.Generator, plan: LayerPlan) -> Decomposition:
+    layer = random_layer(generator, OUT, IN)
+    counts = {"rank": plan.rank, "columns": plan.columns}
+    if plan.entries is not None:
+        return decompose_thresholded(layer.W_OI, layer.gram, **counts, entries=plan.entries)
+    return decompose(layer.W_OI, layer.gram, **counts, rows=plan.rows)
+
+
+def bias_of(generator: torch.Generator, with_bias: bool) -> torch.Tensor | None:
+    return torch.randn(OUT, generator=generator, dtype=torch.float64) if with_bias else None
+
+
+@every_kind
+@with_or_without_bias
+def test_packed_forward_equals_the_dense_product(
+    generator: torch.Generator, plan: LayerPlan, with_bias: bool
+) -> None:
+    found, bias_O = solved(generator, plan), bias_of(generator, with_bias)
+    x = torch.randn(2, 7, IN, generator=generator, dtype=torch.float64)
+    expected = x @ found.dense().T + (bias_O if bias_O is not None else 0)
+    packed = LowRankSparseLinear.pack(found, plan, bias_O, torch.float32)
+    torch.testing.assert_close(packed(x.float()), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+@with_or_without_bias
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+def test_dense_module_computes_what_the_packed_one_does(
+    generator: torch.Generator, plan: LayerPlan, with_bias: bool, transposed: bool
+) -> None:
+    bias_O = bias_of(generator, with_bias)
+    packed = LowRankSparseLinear.pack(
+        solved(generator, plan), plan, bias_O, torch.float32, transposed=transposed
+    )
+    dense = packed.to_dense(torch.float32)
+    x = torch.randn(6, IN, generator=generator)
+    assert isinstance(dense, Conv1D if transposed else nn.Linear)
+    torch.testing.assert_close(dense(x), packed(x), rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+def test_bfloat16_forward_is_off_by_rounding_only(generator: torch.Generator, plan: LayerPlan) -> None:
+    """Each of a handful of summed terms is rounded to 8 bits, so 2^-7 of the output's scale bounds them."""
+    packed = LowRankSparseLinear.pack(solved(generator, plan), plan, None, torch.bfloat16)
+    x = torch.randn(50, IN, generator=generator).bfloat16()
+    expected = x.float() @ packed.dense_weight().T
+    assert packed(x).dtype == torch.bfloat16
+    difference = (packed(x).float() - expected).square().mean().sqrt()
+    assert float(difference) <= 2**-7 * float(expected.square().mean().sqrt())
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packing_rounds_each_value_once(
+    generator: torch.Generator, plan: LayerPlan, dtype: torch.dtype
+) -> None:
+    """Kept channels and entries are the solver's own values, cast; so are the pivot rows of L."""
+    found, bias_O = solved(generator, plan), bias_of(generator, True)
+    packed = LowRankSparseLinear.pack(found, plan, bias_O, dtype)
+    expected = {
+        "bias": bias_O,
+        "columns": found.columns_K,
+        "rows": found.rows_P,
+        "row_values": found.row_values_PI,
+    }
+    if found.mask_OK is not None:
+        expected["entries"] = found.column_values_OK[found.mask_OK]
+    else:
+        expected["column_values"] = found.column_values_OK
+    if packed.pivots is not None:
+        # Only to double rounding, 2^-8 in bfloat16: the solver never forms the rows of L.
+        torch.testing.assert_close(
+            packed.weight.double(), (found.U_FR @ found.V_RC)[packed.pivots.long()], rtol=2**-8, atol=1e-9
+        )
+    for name, value in expected.items():
+        parameter = getattr(packed, name)
+        assert value is not None
+        if parameter is not None:
+            assert torch.equal(parameter, value.to(parameter.dtype)), name
+        else:
+            assert value.numel() == 0 or name == "columns", name
+
+
+@every_kind
+def test_state_dict_alone_restores_the_layer(generator: torch.Generator, plan: LayerPlan) -> None:
+    packed = LowRankSparseLinear.pack(solved(generator, plan), plan, None, torch.bfloat16)
+    restored = LowRankSparseLinear(Shape(OUT, IN), packed.layout, torch.bfloat16)
+    restored.load_state_dict(packed.state_dict())
+    x = torch.randn(3, IN, generator=generator).bfloat16()
+    assert torch.equal(restored(x), packed(x))
+
+
+def test_a_loader_that_does_not_know_the_layer_fails_on_its_shape(generator: torch.Generator) -> None:
+    """No packed `weight` has the dense shape, whatever the plan, so it cannot be mistaken for one."""
+    for plan in PLANS.values():
+        packed = LowRankSparseLinear.pack(solved(generator, plan), plan, None, torch.float32)
+        assert packed.weight.shape != (OUT, IN)

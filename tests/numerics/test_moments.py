@@ -1,0 +1,81 @@
+"""Second moments: sums that merge in any order and equal a direct computation."""
+
+from itertools import permutations
+
+import pytest
+import torch
+
+from lrsd.numerics.moments import CrossMoments, Moments, energy
+
+# Partial products are float32: relative to the largest entry they are good to a few times 1e-7.
+FLOAT32 = 2e-6
+
+
+def moments_of(x: torch.Tensor) -> Moments:
+    moments = Moments(x.shape[-1])
+    moments.update_(x)
+    return moments
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [1, 3, 7, 64])
+def test_moments_equal_direct_float64_computation(
+    generator: torch.Generator, width: int, dtype: torch.dtype
+) -> None:
+    x = (torch.randn(2, 50, width, generator=generator) + 0.5).to(dtype)
+    moments, tokens = moments_of(x), x.reshape(-1, width).double()
+    direct = tokens.T @ tokens / len(tokens)
+    assert moments.count == 100
+    assert moments.gram.dtype == torch.float64
+    torch.testing.assert_close(moments.gram, direct, rtol=0, atol=FLOAT32 * float(direct.abs().max()))
+    torch.testing.assert_close(moments.mean, tokens.mean(0), rtol=FLOAT32, atol=FLOAT32)
+    assert torch.equal(moments.gram, moments.gram.T)
+
+
+def test_moments_merge_in_any_order(generator: torch.Generator) -> None:
+    shards = [torch.randn(n, 9, generator=generator) for n in (1, 20, 300)]
+    whole = moments_of(torch.cat(shards))
+    for a, b, c in permutations(moments_of(shard) for shard in shards):
+        for merged in ((a + b) + c, a + (b + c), Moments(9) + a + b + c):
+            assert merged.count == whole.count
+            torch.testing.assert_close(merged.gram, whole.gram, rtol=FLOAT32, atol=FLOAT32)
+            torch.testing.assert_close(merged.mean, whole.mean, rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_merging_changes_neither_part(generator: torch.Generator) -> None:
+    a, b = (moments_of(torch.randn(5, 4, generator=generator)) for _ in range(2))
+    before = a.gram.clone()
+    merged = a + b
+    merged.update_(torch.ones(3, 4))
+    assert torch.equal(a.gram, before)
+    assert (a.count, b.count) == (5, 5)
+
+
+def test_small_shards_do_not_drift_from_one_large_one(generator: torch.Generator) -> None:
+    """Sums are float64: ten thousand updates lose nothing against one."""
+    x = torch.randn(10_000, 3, generator=generator)
+    streamed = Moments(3)
+    for token in x:
+        streamed.update_(token)
+    direct = x.double().T @ x.double() / len(x)
+    torch.testing.assert_close(streamed.gram, direct, rtol=1e-7, atol=1e-8)
+
+
+def test_cross_moments_equal_direct_computation_and_merge(generator: torch.Generator) -> None:
+    t = torch.randn(4, 30, 5, generator=generator).bfloat16()
+    x = torch.randn(4, 30, 7, generator=generator).bfloat16()
+    parts = [CrossMoments(5, 7) for _ in range(4)]
+    for part, t_TO, x_TI in zip(parts, t, x, strict=True):
+        part.update_(t_TO, x_TI)
+    direct = torch.einsum("bto,bti->oi", t.double(), x.double()) / 120
+    for order in permutations(parts):
+        merged = sum(order[1:], order[0])
+        torch.testing.assert_close(merged.mean, direct, rtol=FLOAT32, atol=FLOAT32)
+        torch.testing.assert_close(merged.target_mean, t.double().mean((0, 1)), rtol=FLOAT32, atol=FLOAT32)
+
+
+def test_energy_is_the_mean_squared_norm_of_the_output(generator: torch.Generator) -> None:
+    x = torch.randn(40, 6, generator=generator, dtype=torch.float64)
+    W = torch.randn(3, 6, generator=generator, dtype=torch.float64)
+    expected = (x @ W.T).square().sum(1).mean()
+    assert energy(W, x.T @ x / 40) == pytest.approx(float(expected), rel=1e-12)
