@@ -112,7 +112,7 @@ def compress(
         with clock("solve"):
             fitted = fit_blocks(prepared, settings, progress)
     with clock("write"):
-        return _write(prepared, fitted, output, settings, calibration, clock)
+        return write_checkpoint(prepared, fitted, output, settings, calibration, clock)
 
 
 @dataclass(frozen=True)
@@ -481,7 +481,7 @@ def _dense_pass(replay: Replay, index: int, stream: Stream) -> tuple[dict[str, S
     return inputs, after
 
 
-def _write(
+def write_checkpoint(
     prepared: Prepared,
     fitted: dict[str, Fitted],
     output: Path,

@@ -12,7 +12,7 @@ from lrsd.config import CompressionSettings
 from lrsd.model.layout import LinearSpec, read_weight
 from lrsd.model.load import check_finite
 from lrsd.model.replay import Replay, Stream
-from lrsd.numerics.allocate import LayerCurve, LayerPlan, Support
+from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, LayerPlan, Shape, Support
 from lrsd.numerics.lowrank import Spectrum, complement, spectrum, spectrum_errors
 from lrsd.numerics.moments import Moments
 from lrsd.numerics.structured import column_gains, row_gains, split_columns
@@ -128,8 +128,7 @@ def layer_curve(
     if settings.method != "lrsd" or settings.structure == "none":
         return curve([plain])
     if settings.structure == "unstructured":
-        entries = int(_UNSTRUCTURED_SHARE * W_OI.numel() / settings.ratio)
-        return curve([Support(spec.shape.in_features, 0, plain.errors_R, entries)])
+        return curve([unstructured_support(plain, spec.shape, settings)])
     supports = [plain]
     half_OR = whole.basis_OR[:, : min(W_OI.shape) // 2]
     residual_OI = W_OI - half_OR @ (half_OR.T @ W_OI)
@@ -141,6 +140,12 @@ def layer_curve(
         if settings.structure in ("auto", structure):
             supports += _search(partial(measure, W_OI, gram_II, residual_OI, total), at_target, plain)
     return curve(supports)
+
+
+def unstructured_support(plain: Support, shape: Shape, settings: CompressionSettings) -> Support:
+    """A fixed share of the layer's bytes for single entries; errors are those of low rank alone."""
+    entries = int(_UNSTRUCTURED_SHARE * shape.dense_bytes / settings.ratio / VALUE_BYTES)
+    return Support(shape.in_features, 0, plain.errors_R, entries)
 
 
 def _search(

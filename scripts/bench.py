@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from find_model import find_model
+from transformers import PreTrainedModel
 
 from lrsd.compress import compress
 from lrsd.config import CalibrationSettings, CompressionSettings
@@ -88,22 +89,25 @@ class Bench:
             seconds = time.perf_counter() - start
             packed = load_model(str(workspace / "out"))
             on_disk = stored_bytes(workspace / "out", manifest.layers)
-            assert on_disk <= manifest.budget_bytes, "never above the budget"
-            distance = divergence(packed.model, self.dense.model, self.windows)
-            row = {
-                "name": name,
-                "ratio": manifest.ratio,
-                "bytes on disk": on_disk,
-                "of budget": on_disk / manifest.budget_bytes,
-                "perplexity": perplexity(packed.model, self.windows, "eval").perplexity,
-                "KL": distance.kl,
-                "top-1": distance.top1_agreement,
-                "seconds": seconds,
-                "phases": manifest.seconds,
-                "allocation": manifest.allocation_chosen,
-            }
         finally:
             shutil.rmtree(workspace, ignore_errors=True)
+        return self.add(
+            name, packed.model, on_disk, manifest.budget_bytes, seconds=seconds, phases=manifest.seconds,
+            allocation=manifest.allocation_chosen,
+        )  # fmt: skip
+
+    def add(self, name: str, model: PreTrainedModel, stored: int, budget: int, **more: Any) -> dict[str, Any]:
+        """Measure a compressed model and keep the row."""
+        distance = divergence(model, self.dense.model, self.windows)
+        row = {
+            "name": name,
+            "bytes": stored,
+            "of budget": stored / budget,
+            "perplexity": perplexity(model, self.windows, "eval").perplexity,
+            "KL": distance.kl,
+            "top-1": distance.top1_agreement,
+            **more,
+        }
         self._add(row)
         return row
 
@@ -115,15 +119,15 @@ class Bench:
 
     def table(self) -> str:
         lines = [
-            "| | ratio | bytes | of budget | perplexity | KL | top-1 | seconds |",
-            "|---|---|---|---|---|---|---|---|",
+            "| | bytes of linear weights | of budget | perplexity | KL | top-1 |",
+            "|---|---|---|---|---|---|",
         ]
         for row in self.rows:
-            if "ratio" not in row:
-                lines.append(f"| {row['name']} | | | | {row['perplexity']:.2f} | | | |")
-                continue
-            lines.append(
-                f"| {row['name']} | {row['ratio']:.4f} | {row['bytes on disk']:,} | {row['of budget']:.5f} | "
-                f"{row['perplexity']:.2f} | {row['KL']:.4f} | {row['top-1']:.1%} | {row['seconds']:.0f} |"
+            measured = (
+                f"{row['bytes']:,} | {row['of budget']:.5f} | {row['perplexity']:.2f} | "
+                f"{row['KL']:.4f} | {row['top-1']:.1%}"
+                if "bytes" in row
+                else f"| | {row['perplexity']:.2f} | |"
             )
+            lines.append(f"| {row['name']} | {measured} |")
         return "\n".join(lines)

@@ -44,14 +44,19 @@ def tokenizer(text_file: Path) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
 
 
-def tiny_llama(**changes: object) -> LlamaConfig:
+@pytest.fixture(scope="session")
+def tiny_llama() -> Callable[..., LlamaConfig]:
     """Grouped-query attention, two blocks, 300 tokens; weights large enough that the logits differ."""
-    return LlamaConfig(**{
-        "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
-        "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
-        **changes,
-    })  # fmt: skip
+
+    def config(**changes: object) -> LlamaConfig:
+        return LlamaConfig(**{
+            "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+            "initializer_range": 0.1, "bos_token_id": 0, "eos_token_id": 1, "pad_token_id": None,
+            **changes,
+        })  # fmt: skip
+
+    return config
 
 
 @pytest.fixture(scope="session")
@@ -71,5 +76,5 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
 
 
 @pytest.fixture(scope="session")
-def tiny_model_dir(make_model: MakeModel) -> Path:
+def tiny_model_dir(make_model: MakeModel, tiny_llama: Callable[..., LlamaConfig]) -> Path:
     return make_model(tiny_llama())

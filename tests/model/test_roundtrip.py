@@ -1,0 +1,380 @@
+"""Compress a tiny model, write it, read it back: what comes out is what was planned and solved."""
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel
+
+from lrsd.compress import compress
+from lrsd.config import CalibrationSettings, CompressionSettings
+from lrsd.errors import CheckpointError
+from lrsd.model.layout import find_layout
+from lrsd.model.linear import LowRankSparseLinear
+from lrsd.model.replay import Replay
+from lrsd.storage.checkpoint import Manifest, export_dense, read_manifest, shard_paths, stored_bytes
+
+RECIPES: dict[str, dict[str, Any]] = {
+    "lrsd": {},
+    "no propagation": {"propagate": False, "allocation": "kl"},
+    "columns": {"structure": "column", "allocation": "uniform"},
+    "rows": {"structure": "row", "allocation": "uniform"},
+    "unstructured": {"structure": "unstructured", "allocation": "energy"},
+    "mean correction": {"mean_correction": True, "allocation": "uniform"},
+    "ssd": {"method": "ssd"},
+    "svd-llm": {"method": "svd-llm"},
+    "fixed rank": {"rank": 12, "structure": "none"},
+    "gpt2": {"allocation": "uniform"},
+    "gpt2 mean correction": {"mean_correction": True, "allocation": "uniform"},
+    "tied": {"allocation": "uniform"},
+}
+RATIO = 1.6
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """One finished run: what it started from and what it left."""
+
+    base: Path
+    directory: Path
+    manifest: Manifest
+
+    def load(self, dtype: torch.dtype | str = "auto") -> PreTrainedModel:
+        return AutoModelForCausalLM.from_pretrained(self.directory, dtype=dtype).eval()
+
+    @property
+    def packed_names(self) -> list[str]:
+        return [name for name, layer in self.manifest.layers.items() if layer.rank is not None]
+
+
+def calibration(text_file: Path) -> CalibrationSettings:
+    return CalibrationSettings(source=str(text_file), samples=8, seqlen=32)
+
+
+@pytest.fixture(scope="module")
+def bases(make_model, tiny_model_dir: Path, tiny_llama) -> dict[str, Path]:
+    gpt2 = GPT2Config(
+        vocab_size=300, n_positions=64, n_embd=48, n_layer=2, n_head=4, initializer_range=0.2,
+        bos_token_id=0, eos_token_id=1,
+    )  # fmt: skip
+    return {
+        "llama": tiny_model_dir,
+        "gpt2": make_model(gpt2),
+        "tied": make_model(tiny_llama(tie_word_embeddings=True)),
+    }
+
+
+@pytest.fixture(scope="module", params=RECIPES, ids=lambda name: name.replace(" ", "-"))
+def compressed(
+    request: pytest.FixtureRequest,
+    bases: dict[str, Path],
+    text_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Compressed:
+    family = request.param.partition(" ")[0]
+    base = bases.get(family, bases["llama"])
+    output = tmp_path_factory.mktemp("compressed") / "out"
+    settings = CompressionSettings(ratio=RATIO, **RECIPES[request.param])
+    return Compressed(base, output, compress(str(base), output, settings, calibration(text_file)))
+
+
+@pytest.fixture(scope="module")
+def one(bases: dict[str, Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Compressed:
+    """A single run with columns, for the tests that need no more than one."""
+    output = tmp_path_factory.mktemp("compressed") / "out"
+    settings = CompressionSettings(ratio=RATIO, structure="column", allocation="uniform")
+    return Compressed(
+        bases["llama"], output, compress(str(bases["llama"]), output, settings, calibration(text_file))
+    )
+
+
+@pytest.fixture
+def tokens(generator: torch.Generator) -> Tensor:
+    return torch.randint(2, 300, (3, 24), generator=generator)
+
+
+@torch.inference_mode()
+def logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
+    return model(tokens).logits.float()
+
+
+def assert_close_in_bfloat16(found: Tensor, expected: Tensor) -> None:
+    """Rounding errors of two blocks at 2^-8 each leave a few per cent of the logits' own spread."""
+    assert float((found - expected).square().mean().sqrt()) <= 0.03 * float(expected.std())
+
+
+def reconstruct(tensors: dict[str, Tensor], entry: dict[str, Any], shape: tuple[int, int]) -> Tensor:
+    """L + S in float64 from the stored tensors, as the format is documented; no code of the package."""
+    out_features, in_features = shape
+    stored = {name: t.double() if t.is_floating_point() else t.long() for name, t in tensors.items()}
+    rows = stored.get("rows", torch.zeros(0, dtype=torch.int64)).tolist()
+    columns = stored.get("columns", torch.zeros(0, dtype=torch.int64)).tolist()
+    free_rows = [i for i in range(out_features) if i not in rows]
+    free_columns = [j for j in range(in_features) if j not in columns or "mask" in stored]
+    L = torch.zeros(len(free_rows), len(free_columns), dtype=torch.float64)
+    pivots = stored["pivots"].tolist() if "pivots" in stored else []
+    others = [i for i in range(len(free_rows)) if i not in pivots]
+    if pivots:
+        L[pivots] = stored["weight"]
+    L[others] = stored["coefficients"] @ stored["weight"]
+    W = torch.zeros(shape, dtype=torch.float64)
+    W[torch.tensor(free_rows)[:, None], torch.tensor(free_columns)] = L
+    if "column_values" in stored:
+        W[:, columns] = stored["column_values"]
+    if "row_values" in stored:
+        W[rows] = stored["row_values"]
+    if "mask" in stored:
+        kept = columns or list(range(in_features))
+        bits = torch.tensor([byte >> bit & 1 for byte in stored["mask"].tolist() for bit in range(8)])
+        S = torch.zeros(out_features * len(kept), dtype=torch.float64)
+        S[bits[: len(S)].bool()] = stored["entries"]
+        W[:, kept] += S.view(out_features, len(kept))
+    assert set(entry) >= {"rank"}
+    return W
+
+
+def rebuilt(run: Compressed, dtype: torch.dtype) -> PreTrainedModel:
+    """The base model with every weight taken from the shards by `reconstruct`."""
+    packing = json.loads((run.directory / "config.json").read_text())["quantization_config"]["layers"]
+    tensors = {}
+    for shard in shard_paths(run.directory):
+        tensors |= load_file(shard)
+    model = AutoModelForCausalLM.from_pretrained(run.base, dtype=dtype).eval()
+    state = model.state_dict()
+    for name, tensor in tensors.items():
+        if name.rpartition(".")[0] not in packing:
+            state[name].copy_(tensor)
+    for name, entry in packing.items():
+        layer = run.manifest.layers[name]
+        parts = {k.removeprefix(f"{name}."): v for k, v in tensors.items() if k.startswith(f"{name}.")}
+        W = reconstruct(parts, entry, (layer.out_features, layer.in_features))
+        state[f"{name}.weight"].copy_(W.T if entry.get("transposed") else W)
+        if "bias" in parts:
+            module = model.get_submodule(name)
+            module.bias = nn.Parameter(parts["bias"].to(dtype), requires_grad=False)
+    return model
+
+
+def test_bytes_on_disk_are_those_planned_and_within_the_budget(compressed: Compressed) -> None:
+    manifest = compressed.manifest
+    names = dict.fromkeys(manifest.layers)
+    added_biases = 0
+    if json.loads((compressed.directory / "config.json").read_text())["model_type"] == "gpt2":
+        # Biases that the model already had stand on neither side of the ratio.
+        added_biases = sum(2 * layer.out_features for layer in manifest.layers.values())
+    assert stored_bytes(compressed.directory, names) - added_biases == manifest.linear_bytes
+    assert manifest.linear_bytes <= manifest.budget_bytes
+    assert manifest.linear_bytes == sum(layer.bytes for layer in manifest.layers.values())
+    assert manifest.ratio == manifest.dense_linear_bytes / manifest.linear_bytes >= RATIO
+    assert read_manifest(compressed.directory) == manifest
+
+
+def test_checkpoint_ratio_compares_whole_files(compressed: Compressed) -> None:
+    whole = stored_bytes(compressed.base) / stored_bytes(compressed.directory)
+    assert compressed.manifest.checkpoint_ratio == pytest.approx(whole, rel=0.01)
+
+
+def test_reloaded_model_computes_what_its_stored_tensors_say(compressed: Compressed, tokens: Tensor) -> None:
+    """In float32, where packed and dense arithmetic have to agree closely."""
+    expected = logits(rebuilt(compressed, torch.float32), tokens)
+    found = logits(compressed.load(torch.float32), tokens)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+def test_reloaded_model_agrees_in_bfloat16_up_to_rounding(compressed: Compressed, tokens: Tensor) -> None:
+    model = compressed.load()
+    assert model.dtype == torch.bfloat16
+    assert_close_in_bfloat16(logits(model, tokens), logits(rebuilt(compressed, torch.float32), tokens))
+
+
+def test_compressed_model_stays_near_the_dense_one(compressed: Compressed, tokens: Tensor) -> None:
+    """Nearer than chance: a mixed-up layer would leave logits that have nothing to do with the model's."""
+    dense = logits(AutoModelForCausalLM.from_pretrained(compressed.base).eval(), tokens)
+    found = logits(compressed.load(), tokens)
+    assert float(torch.corrcoef(torch.stack([dense.flatten(), found.flatten()]))[0, 1]) > 0.6
+
+
+def test_every_planned_layer_is_packed_and_no_other(compressed: Compressed) -> None:
+    model = compressed.load()
+    packed = {n for n, m in model.named_modules() if isinstance(m, LowRankSparseLinear)}
+    assert packed == set(compressed.packed_names)
+
+
+def test_generation_with_a_cache_equals_greedy_decoding_without(
+    compressed: Compressed, tokens: Tensor
+) -> None:
+    model, prompt = compressed.load(torch.float32), tokens[:1, :5]
+    expected = prompt
+    for _ in range(6):
+        expected = torch.cat([expected, logits(model, expected)[:, -1:].argmax(-1)], 1)
+    found = model.generate(
+        prompt, attention_mask=torch.ones_like(prompt), max_new_tokens=6, min_new_tokens=6,
+        do_sample=False, pad_token_id=0, eos_token_id=None,
+    )  # fmt: skip
+    assert torch.equal(found, expected)
+
+
+def test_save_pretrained_round_trips_bit_exactly(compressed: Compressed, tmp_path: Path) -> None:
+    compressed.load().save_pretrained(tmp_path)
+    before, after = (
+        load_file(compressed.directory / "model.safetensors"),
+        load_file(tmp_path / "model.safetensors"),
+    )
+    assert before.keys() == after.keys()
+    for name, tensor in before.items():
+        assert tensor.dtype == after[name].dtype
+        assert torch.equal(tensor, after[name]), name
+    old, new = (json.loads((d / "config.json").read_text()) for d in (compressed.directory, tmp_path))
+    assert old["quantization_config"] == new["quantization_config"]
+
+
+def test_exported_weights_are_plain_and_compute_the_same(
+    compressed: Compressed, tokens: Tensor, tmp_path: Path
+) -> None:
+    target = tmp_path / "dense"
+    written = export_dense(compressed.directory, target)
+    model = AutoModelForCausalLM.from_pretrained(target).eval()
+    assert "quantization_config" not in json.loads((target / "config.json").read_text())
+    assert not any(isinstance(m, LowRankSparseLinear) for m in model.modules())
+    assert written == stored_bytes(target)
+    assert_close_in_bfloat16(logits(model, tokens), logits(compressed.load(), tokens))
+    assert AutoTokenizer.from_pretrained(target)("one text").input_ids
+
+
+def test_dequantized_model_is_plain_and_computes_the_same(compressed: Compressed, tokens: Tensor) -> None:
+    model = compressed.load(torch.float32)
+    expected = logits(model, tokens)
+    model.dequantize()
+    assert not any(isinstance(m, LowRankSparseLinear) for m in model.modules())
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+def test_untouched_tensors_are_those_of_the_base_model(compressed: Compressed) -> None:
+    base, found = (load_file(d / "model.safetensors") for d in (compressed.base, compressed.directory))
+    for name in base.keys() & found.keys():
+        if name.rpartition(".")[0] not in compressed.manifest.layers:
+            assert torch.equal(base[name], found[name]), name
+
+
+def test_a_tied_head_stays_tied(bases: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
+    settings = CompressionSettings(ratio=RATIO, allocation="uniform", structure="none")
+    compress(str(bases["tied"]), tmp_path / "out", settings, calibration(text_file))
+    assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("part", ["weight", "coefficients", "pivots", "columns", "column_values"])
+def test_a_missing_packed_tensor_is_an_error(one: Compressed, tmp_path: Path, part: str) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(one.directory, damaged)
+    shard = damaged / "model.safetensors"
+    tensors = load_file(shard)
+    name = next(name for name in sorted(tensors) if name.endswith(f".{part}") and "proj" in name)
+    del tensors[name]
+    save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=name):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
+@pytest.mark.parametrize("name", ["model.norm", "model.layers.0.self_attn", "model.layers.9.mlp.up_proj"])
+def test_packing_what_is_no_linear_layer_is_an_error(one: Compressed, tmp_path: Path, name: str) -> None:
+    damaged = tmp_path / "damaged"
+    shutil.copytree(one.directory, damaged)
+    config = json.loads((damaged / "config.json").read_text())
+    config["quantization_config"]["layers"][name] = {"rank": 2}
+    (damaged / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match="is not a linear layer"):
+        AutoModelForCausalLM.from_pretrained(damaged)
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/hostname", "sub/model.safetensors", "..", ""])
+def test_a_shard_index_cannot_lead_out_of_its_directory(tmp_path: Path, name: str) -> None:
+    directory = tmp_path / "model"
+    (directory / "sub").mkdir(parents=True)
+    for path in (tmp_path / "other.safetensors", directory / "sub" / "model.safetensors"):
+        save_file({"x": torch.zeros(1)}, path)
+    index = {"weight_map": {"x": name}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError):
+        shard_paths(directory)
+
+
+def test_a_sharded_checkpoint_counts_and_exports_like_a_single_file(
+    one: Compressed, tokens: Tensor, tmp_path: Path
+) -> None:
+    sharded, dense = tmp_path / "sharded", tmp_path / "dense"
+    one.load().save_pretrained(sharded, max_shard_size="60KB")
+    assert len(shard_paths(sharded)) > 2
+    assert stored_bytes(sharded) == stored_bytes(one.directory)
+    export_dense(sharded, dense)
+    expected = logits(one.load(), tokens)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(sharded).eval(), tokens), expected)
+    assert_close_in_bfloat16(logits(AutoModelForCausalLM.from_pretrained(dense).eval(), tokens), expected)
+
+
+def test_one_seed_gives_byte_identical_files(one: Compressed, text_file: Path, tmp_path: Path) -> None:
+    again = tmp_path / "again"
+    settings = CompressionSettings(ratio=RATIO, structure="column", allocation="uniform")
+    compress(str(one.base), again, settings, calibration(text_file))
+    names = {path.name for path in one.directory.iterdir()}
+    assert names == {path.name for path in again.iterdir()}
+    # The manifest holds the seconds it took, the card is made from it.
+    for name in names - {"lrsd.json", "README.md"}:
+        assert (one.directory / name).read_bytes() == (again / name).read_bytes(), name
+    first, second = (json.loads((d / "lrsd.json").read_text()) for d in (one.directory, again))
+    assert first | {"seconds": {}} == second | {"seconds": {}}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "tied"])
+def test_replayed_blocks_give_the_models_own_logits(
+    bases: dict[str, Path], tokens: Tensor, family: str
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32).eval()
+    expected = logits(model, tokens)
+    with torch.inference_mode():
+        layout = find_layout(model)
+        replay, (hidden,) = Replay.start(model, layout, [tokens])
+        for index in range(len(layout.blocks)):
+            found = replay.logits_from(index, tokens, hidden)
+            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(
+                replay.logits_from(index, tokens, hidden, every=5), expected[:, ::5], rtol=0, atol=1e-5
+            )
+            hidden = replay.run(index, hidden)
+    assert torch.equal(logits(model, tokens), expected), "the model is as it was"
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_replay_sees_the_inputs_that_its_linears_get(
+    bases: dict[str, Path], tokens: Tensor, family: str
+) -> None:
+    """Recorded inputs times the weight are the linear's outputs in an ordinary forward pass."""
+    model = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32).eval()
+    layout = find_layout(model)
+    outputs: dict[str, Tensor] = {}
+    handles = [
+        model.get_submodule(name).register_forward_hook(
+            lambda module, args, output, name=name: outputs.__setitem__(name, output)
+        )
+        for name in layout.linears
+    ]
+    logits(model, tokens)
+    for handle in handles:
+        handle.remove()
+    with torch.inference_mode():
+        replay, (hidden,) = Replay.start(model, layout, [tokens])
+        for index, block in enumerate(layout.blocks):
+            after, inputs = replay.run_with_inputs(index, hidden)
+            for group in block.groups:
+                assert torch.equal(replay.input_of(index, group.name, hidden), inputs[group.name])
+                for spec in group.linears:
+                    found = model.get_submodule(spec.name)(inputs[group.name])
+                    torch.testing.assert_close(found, outputs[spec.name], rtol=0, atol=1e-5)
+            hidden = after
