@@ -31,13 +31,25 @@ Examples:
   lrsd eval out --ppl wiki.test.txt --seqlen 1024 --windows 12 --kl ./my-model
   lrsd eval out --speed --json
 """
+_INSPECT_EXAMPLES = """
+\b
+Examples:
+  lrsd inspect out
+  lrsd inspect out --plot layers.png
+  lrsd inspect out --json
+"""
+_EXPORT_EXAMPLES = """
+\b
+Examples:
+  lrsd export out --dense out-dense
+"""
 
 
 def main() -> None:
     """Entry point. Every expected failure ends as one line on stderr and an exit code."""
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        code = commands.main(standalone_mode=False)
+        code = commands.main(prog_name="lrsd", standalone_mode=False)
     except click.exceptions.Abort:
         click.echo("interrupted; nothing was written", err=True)
         code = 130
@@ -293,7 +305,7 @@ def evaluate(
     click.echo(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(evaluation_lines(result)))
 
 
-@commands.command()
+@commands.command(epilog=_INSPECT_EXAMPLES)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--plot",
@@ -319,7 +331,7 @@ def inspect(directory: Path, plot: Path | None, as_json: bool) -> None:
     )
 
 
-@commands.command()
+@commands.command(epilog=_EXPORT_EXAMPLES)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--dense",

@@ -3,11 +3,15 @@
 import hashlib
 import importlib.util
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -20,6 +24,11 @@ from transformers.utils import logging as transformers_logging
 
 from lrsd.errors import InputError, NumericsError
 
+# What transformers and the readers below it raise for a damaged file or an impossible configuration.
+_UNREADABLE = (
+    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
+    SafetensorError, StrictDataclassError,
+)  # fmt: skip
 # Values hashed per tensor: enough to tell two trainings of one architecture apart, at no cost.
 _FINGERPRINT_VALUES = 256
 
@@ -55,11 +64,16 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
         config = AutoConfig.from_pretrained(where, **_config_arguments(arguments))
         native = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         chosen = _resolve_dtype(dtype, native)
-        model = AutoModelForCausalLM.from_pretrained(
-            where, config=config, dtype=chosen, trust_remote_code=False, **_safe(arguments)
-        )
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
-        raise InputError(f"cannot load {source}: {_first_line(error)}") from error
+        with _errors_only():
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                where, config=config, dtype=chosen, trust_remote_code=False, output_loading_info=True,
+                ignore_mismatched_sizes=True, **_safe(arguments),
+            )  # fmt: skip
+    except _UNREADABLE as error:
+        place = source if Path(source).exists() else f"{source}, which is no directory here, from the hub"
+        raise InputError(f"cannot load {place}: {_first_line(error)}") from error
+    model, report = loaded
+    _require_all_weights(source, report)
     tokenizer = _load_tokenizer(where, source, arguments)
     nn.Module.to(model, target)
     return LoadedModel(model.eval(), tokenizer, source, stored_as or native)
@@ -155,6 +169,25 @@ def _safe(arguments: dict[str, Any]) -> dict[str, Any]:
     return {**arguments, "quantization_config": GgufConfig(dequantize=True)}
 
 
+def _require_all_weights(source: str, report: dict[str, Any]) -> None:
+    """transformers only warns of weights that are missing or do not fit, and makes them random."""
+    for name, stored, expected in sorted(report["mismatched_keys"]):
+        raise InputError(f"{source}: {name} is {tuple(stored)}, config.json asks for {tuple(expected)}")
+    if missing := sorted(report["missing_keys"]):
+        raise InputError(f"{source} lacks {len(missing)} of the model's weights, {missing[0]} among them")
+
+
+@contextmanager
+def _errors_only() -> Iterator[None]:
+    """Without the table that transformers logs of weights that do not fit: they become an error."""
+    before = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(before)
+
+
 def _load_tokenizer(where: str, source: str, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
@@ -171,7 +204,8 @@ def _resolve_dtype(dtype: str, native: str) -> torch.dtype:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -1,0 +1,241 @@
+"""The command line: what it prints where, and what it leaves behind when it is stopped."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner, Result
+from lrsd_cli.main import commands
+from safetensors.torch import load_file
+from transformers import PreTrainedModel
+
+COMMANDS = sorted(commands.commands)
+SMALL = ("--samples", "8", "--seqlen", "32")
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="session")
+def run() -> Run:
+    """One command in this process; it must succeed."""
+
+    def invoke(*arguments: object) -> Result:
+        result = CliRunner().invoke(commands, [str(word) for word in arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result
+
+    return invoke
+
+
+def start(*arguments: object) -> subprocess.Popen[str]:
+    """One command as users run it, in a process of its own."""
+    # A test run in the background may have been started with SIGINT ignored, which children inherit.
+    program = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+        "from lrsd_cli.main import main; main()"
+    )
+    command = [sys.executable, "-c", program, *map(str, arguments)]
+    pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    return subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **pipes)
+
+
+@pytest.fixture(scope="session")
+def compressed(
+    run: Run, tiny_model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Path:
+    output = tmp_path_factory.mktemp("cli") / "compressed"
+    run("compress", tiny_model_dir, "--ratio", "1.25x", "--calib", text_file, *SMALL, "-o", output)
+    return output
+
+
+# --- help -----------------------------------------------------------------------------------------
+
+
+def test_help_names_every_command(run: Run) -> None:
+    text = run("--help").stdout
+    assert all(re.search(rf"^  {name} ", text, re.MULTILINE) for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_help_explains_every_option_and_gives_examples(name: str, run: Run) -> None:
+    text = run(name, "--help").stdout
+    for parameter in commands.commands[name].params:
+        assert parameter.opts[0] in text or parameter.human_readable_name in text
+        assert parameter.param_type_name == "argument" or getattr(parameter, "help", None)
+    assert re.search(rf"Examples:\n +lrsd {name} ", text)
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], *([name, "--help"] for name in COMMANDS)])
+def test_help_imports_nothing_heavy(arguments: list[str]) -> None:
+    program = (
+        "import sys, lrsd_cli.main\n"
+        "try: lrsd_cli.main.main()\n"
+        "except SystemExit: pass\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'numpy', 'lrsd'} & set(sys.modules)\n"
+        "sys.exit(', '.join(heavy) or 0)"
+    )
+    found = subprocess.run([sys.executable, "-c", program, *arguments], capture_output=True, text=True)
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+# --- results on stdout, progress on stderr ----------------------------------------------------------
+
+
+def test_json_is_alone_on_stdout(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    output = tmp_path / "new"
+    text = ("--calib", text_file, *SMALL)
+    process = start("compress", tiny_model_dir, "--ratio", "80%", *text, "-o", output, "--json")
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0
+    assert json.loads(stdout) == json.loads((output / "lrsd.json").read_text())
+    assert re.search(r"^survey: 2/2 ", stderr, re.MULTILINE)
+
+    texts = ("--ppl", text_file, "--seqlen", "64", "--windows", "2")
+    process = start("eval", output, *texts, "--kl", tiny_model_dir, "--speed", "--json")
+    stdout, stderr = process.communicate()
+    assert process.returncode == 0
+    found = json.loads(stdout)
+    assert found["perplexity"][0]["scored_tokens"] == 2 * 63
+    assert found["divergence"][0]["kl"] > 0
+    assert min(found["speed"]["prefill"], found["speed"]["decode"]) > 0
+    assert re.search(r"^perplexity .*: 2/2 ", stderr, re.MULTILINE)
+
+
+def test_bytes_are_within_the_budget_and_as_planned(
+    run: Run, compressed: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text = ("--calib", text_file, *SMALL)
+    wanted = ("compress", tiny_model_dir, "--ratio", "1.25x", *text, "-o", tmp_path / "new")
+    plan = json.loads(run(*wanted, "--dry-run", "--json").stdout)
+    assert list(tmp_path.iterdir()) == []
+    assert sum(layer["bytes"] for layer in plan["layers"].values()) == plan["planned_bytes"]
+    assert plan["planned_bytes"] <= plan["budget_bytes"] == int(plan["dense_linear_bytes"] / 1.25)
+
+    manifest = json.loads(run("inspect", compressed, "--json").stdout)
+    assert manifest["linear_bytes"] == plan["planned_bytes"]
+    tensors = load_file(compressed / "model.safetensors")
+    stored = sum(
+        tensor.nbytes for name, tensor in tensors.items() if name.rpartition(".")[0] in manifest["layers"]
+    )
+    assert stored == manifest["linear_bytes"]
+
+
+def test_dry_run_needs_no_output_and_shows_every_layer(
+    run: Run, compressed: Path, tiny_model_dir: Path, text_file: Path
+) -> None:
+    table = run("compress", tiny_model_dir, "--ratio", "2", "--calib", text_file, *SMALL, "--dry-run").stdout
+    layers = json.loads((compressed / "lrsd.json").read_text())["layers"]
+    assert all(f"\n{name} " in table for name in layers)
+
+
+def test_inspect_shows_every_layer_and_draws_them(run: Run, compressed: Path, tmp_path: Path) -> None:
+    picture = tmp_path / "layers.png"
+    table = run("inspect", compressed, "--plot", picture).stdout
+    manifest = json.loads((compressed / "lrsd.json").read_text())
+    assert all(f"\n{name} " in table for name in manifest["layers"])
+    assert f"{manifest['ratio']:.4g}x" in table
+    assert picture.read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
+
+
+def test_export_evaluates_like_what_it_was_made_of(
+    run: Run, compressed: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run("export", compressed, "--dense", tmp_path / "dense")
+    assert "quantization_config" not in json.loads((tmp_path / "dense" / "config.json").read_text())
+    texts = ("--ppl", text_file, "--seqlen", "64", "--windows", "2", "--dtype", "float32")
+    found = json.loads(run("eval", tmp_path / "dense", *texts, "--kl", compressed, "--json").stdout)
+    # The dense weights are rounded to bfloat16 once more, the packed ones are not: 2^-9 relative.
+    assert found["divergence"][0]["kl"] < 1e-3
+
+
+# --- settings ---------------------------------------------------------------------------------------
+
+
+def test_recipe_of_a_checkpoint_makes_it_again(
+    run: Run, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    first, second = tmp_path / "first", tmp_path / "second"
+    changed = (
+        "--method",
+        "lrsd",
+        "--structure",
+        "column",
+        "--mean-correction",
+        "--no-propagate",
+        "--seed",
+        "7",
+    )
+    run("compress", tiny_model_dir, "--ratio", "1.5", "--calib", text_file, *SMALL, *changed, "-o", first)
+    run("compress", tiny_model_dir, "--recipe", first / "recipe.json", "-o", second)
+    assert same_checkpoint(first, second)
+    assert (first / "recipe.json").read_bytes() == (second / "recipe.json").read_bytes()
+
+
+def test_what_is_typed_wins_over_the_recipe(
+    run: Run, compressed: Path, tiny_model_dir: Path, tmp_path: Path
+) -> None:
+    recipe = tmp_path / "recipe.toml"
+    settings = json.loads((compressed / "recipe.json").read_text()) | {"ratio": 3}
+    recipe.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in settings.items() if v is not None))
+    run("compress", tiny_model_dir, "--recipe", recipe, "--ratio", "1.25", "-o", tmp_path / "new")
+    assert same_checkpoint(compressed, tmp_path / "new")
+
+
+@pytest.mark.parametrize("ratio", ["1.25", "80%"])
+def test_every_form_of_a_ratio_means_the_same(
+    ratio: str, run: Run, compressed: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run("compress", tiny_model_dir, "--ratio", ratio, "--calib", text_file, *SMALL, "-o", tmp_path / "new")
+    assert same_checkpoint(compressed, tmp_path / "new")
+
+
+def same_checkpoint(one: Path, other: Path) -> bool:
+    """The same tensors, byte by byte, and the same layers in the manifest; times may differ."""
+    layers = [json.loads((path / "lrsd.json").read_text())["layers"] for path in (one, other)]
+    weights = [(path / "model.safetensors").read_bytes() for path in (one, other)]
+    return layers[0] == layers[1] and weights[0] == weights[1]
+
+
+# --- interruption -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_run_leaves_nothing_behind(
+    number: signal.Signals, code: int, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    # Enough samples that the survey outlasts the moment the signal takes to arrive.
+    size = ("--samples", "256", "--seqlen", "256")
+    process = start(
+        "compress", tiny_model_dir, "--ratio", "2", "--calib", text_file, *size, "-o", tmp_path / "new"
+    )
+    assert process.stderr is not None
+    assert process.stderr.readline() == "survey: 2 steps\n"
+    process.send_signal(number)
+    stdout, stderr = process.communicate()
+    assert process.returncode == code
+    assert stdout == ""
+    assert len(stderr.split("\n")) <= 3, stderr  # the line, and the one that ends ^C
+    assert stderr.strip().endswith("; nothing was written")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_stopped_while_writing_leaves_nothing_behind(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(self: PreTrainedModel, directory: Path) -> None:
+        assert Path(directory).parent == tmp_path
+        Path(directory, "model.safetensors").write_text("half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(PreTrainedModel, "save_pretrained", interrupted)
+    arguments = ("compress", tiny_model_dir, "--ratio", "1.25", "--calib", text_file, *SMALL)
+    result = CliRunner().invoke(commands, [*map(str, arguments), "-o", str(tmp_path / "new")])
+    assert isinstance(result.exception, SystemExit)
+    assert "Aborted!" in result.stderr
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,54 @@
+"""What README.md and the help texts tell people to type, exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import click
+import pytest
+from lrsd_cli.main import commands
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+FENCED = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
+# Indented lines are code blocks too; then `lrsd ...` within a sentence.
+TYPED = re.findall(r"^(?: {2,4})?(lrsd [a-z].*)$", README, re.MULTILINE)
+MENTIONED = re.findall(r"`(lrsd [a-z][^`]*)`", README)
+EXAMPLES = [
+    line.strip()
+    for command in commands.commands.values()
+    for line in (command.epilog or "").splitlines()
+    if line.startswith("  lrsd")
+]
+
+
+@pytest.mark.parametrize("command", ["bash scripts/demo.sh", "bash scripts/test.sh"])
+def test_the_two_commands_of_the_readme_are_there(command: str) -> None:
+    assert re.search(rf"^{re.escape(command)}\b", FENCED, re.MULTILINE)
+    assert (ROOT / command.removeprefix("bash ")).is_file()
+
+
+def test_every_file_that_the_readme_names_is_there() -> None:
+    named = set(re.findall(r"\b(?:scripts|lrsd|tests)/[\w/]+\.(?:py|sh)\b", README))
+    assert {name for name in named if not (ROOT / name).is_file()} == set()
+
+
+@pytest.mark.parametrize("line", [*TYPED, *MENTIONED, *EXAMPLES])
+def test_every_command_has_these_options_and_choices(line: str) -> None:
+    words = shlex.split(re.split(r"\s\d?>|\s\|", line)[0], comments=True)[1:]
+    command = commands.commands[words[0]]
+    options = {name: p for p in command.params for name in (*p.opts, *p.secondary_opts)}
+    for word, following in zip(words[1:], [*words[2:], ""], strict=False):
+        if word.startswith("-"):
+            assert word in options
+            kind = options[word].type
+            assert not isinstance(kind, click.Choice) or following in kind.choices
+
+
+@pytest.mark.parametrize("line", [*TYPED, *EXAMPLES])
+def test_every_command_is_complete(line: str) -> None:
+    words = shlex.split(re.split(r"\s\d?>|\s\|", line)[0], comments=True)[1:]
+    with commands.make_context("lrsd", words) as context:
+        name, command, rest = commands.resolve_command(context, words)
+        assert command is not None
+        command.make_context(name, rest, parent=context)
