@@ -15,7 +15,7 @@ from lrsd.model.replay import Replay, Stream
 from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, LayerPlan, Shape, Support
 from lrsd.numerics.lowrank import Spectrum, complement, spectrum, spectrum_errors
 from lrsd.numerics.moments import Moments
-from lrsd.numerics.structured import column_gains, row_gains, split_columns
+from lrsd.numerics.structured import column_energies, row_gains, split_columns
 from lrsd.sensitivity import Perturbation, Probe
 
 # Kept fractions of a layer's columns or rows that are tried, and the two that a search begins at.
@@ -183,9 +183,9 @@ def _search(
 def _columns_support(
     W_OI: Tensor, gram_II: Tensor, residual_OI: Tensor, total: float, fraction: float
 ) -> Support:
-    """The columns of largest gain on the residual of the best half-rank fit."""
+    """The columns of largest output energy."""
     count = max(1, round(fraction * W_OI.shape[1]))
-    columns_K = column_gains(residual_OI, gram_II).topk(count).indices.sort().values
+    columns_K = column_energies(W_OI, gram_II).topk(count).indices.sort().values
     split = split_columns(gram_II, columns_K)
     errors_R = spectrum_errors(W_OI[:, split.free_C], split.schur_CC) / total
     return Support(count, 0, errors_R.cpu(), kept=columns_K)

@@ -8,7 +8,7 @@ from torch import Tensor
 from lrsd.numerics.lowrank import best_low_rank, complement
 from lrsd.numerics.moments import energy
 from lrsd.numerics.structured import (
-    column_gains,
+    column_energies,
     fit_beside_columns,
     largest_entries,
     select_columns,
@@ -126,7 +126,7 @@ def decompose_thresholded(
             kept_K = torch.arange(in_features, device=W_OI.device)
             mask_OK = largest_entries(residual_OI, gram_II, entries)
         else:
-            kept_K = column_gains(residual_OI, gram_II).topk(columns).indices.sort().values
+            kept_K = column_energies(residual_OI, gram_II).topk(columns).indices.sort().values
             mask_OK = threshold_within_columns(residual_OI[:, kept_K], entries)
         S_OI = torch.zeros_like(W_OI)
         S_OI[:, kept_K] = residual_OI[:, kept_K] * mask_OK

@@ -19,11 +19,14 @@ _RIDGE = 1e-10
 _ROUNDS = 3
 
 
-def column_gains(residual_OI: Tensor, gram_II: Tensor) -> Tensor:
-    """Error removed by freeing each column alone: ||R G e_j||^2 / G_jj, (I,); 0 for dead channels."""
-    variance_I = gram_II.diagonal()
-    gains_I = ((residual_OI @ gram_II) ** 2).sum(0)
-    return torch.where(variance_I > 0, gains_I / variance_I.clamp(min=torch.finfo(gains_I.dtype).tiny), 0)
+def column_energies(residual_OI: Tensor, gram_II: Tensor) -> Tensor:
+    """Output energy of each column alone, ||R e_j||^2 G_jj, (I,): Wanda's score summed over a column.
+
+    The error removed by freeing column j alone, ||R G e_j||^2 / G_jj, looks better founded but counts
+    again what other columns and L can also explain; on the layers of SmolLM2-135M the sets it chose
+    were worse than the best of 50 random ones in half of the cases, those of this score in none.
+    """
+    return (residual_OI**2).sum(0) * gram_II.diagonal().clamp(min=0)
 
 
 def row_gains(residual_OI: Tensor, gram_II: Tensor) -> Tensor:
@@ -97,7 +100,7 @@ def select_columns(
         residual_OI[:, split.free_C] -= U_OR @ (U_OR.T @ W_OI[:, split.free_C])
         return _error_at(free_spectrum, rank), residual_OI
 
-    return _alternate(W_OI, gram_II, rank, count, start, column_gains, refit)
+    return _alternate(W_OI, gram_II, rank, count, start, column_energies, refit)
 
 
 def select_rows(W_OI: Tensor, gram_II: Tensor, rank: int, count: int, start: Tensor | None = None) -> Tensor:
