@@ -177,6 +177,8 @@ def prepare(
     """Load, read calibration text, survey, allocate."""
     with clock("load"):
         loaded = load_model(source, dtype=settings.dtype, device=settings.device)
+        if getattr(loaded.model, "is_quantized", False):
+            raise InputError(f"{source} is already compressed; compress the dense model it was made from")
         layout = find_layout(loaded.model)
         for name, parameter in loaded.model.named_parameters():
             check_finite(name, parameter)
@@ -381,6 +383,8 @@ def _pair_moments(
             x, t = inputs[group.name], dense_y.float() - y.float()
         else:
             x, t = replay.input_of(index, group.name, hidden), dense_x
+        # Some families flatten (samples, tokens) before their linears.
+        x, t = (z.reshape(len(hidden), -1, z.shape[-1]) for z in (x, t))
         cut = min(max(first_held_out - seen, 0), len(hidden))
         for (moments, cross), part in zip(parts, (slice(None, cut), slice(cut, None)), strict=True):
             if len(x[part]):

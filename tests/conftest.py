@@ -68,6 +68,10 @@ def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTo
         with torch.random.fork_rng():
             torch.manual_seed(0)
             model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    if parameter.dim() == 1:  # biases of 0 and gains of 1 would hide what is lost
+                        parameter.add_(0.2 * torch.randn_like(parameter))
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
         return directory

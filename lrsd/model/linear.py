@@ -17,8 +17,8 @@ class LayerFormat:
     """What config.json says of one packed layer; with the layer's shape it fixes every tensor.
 
     rank; columns, rows: kept channels; entries: stored values of a thresholded S (None: whole
-    columns); pivoted: factors on pivot rows; bias: a bias is stored; transposed: the model's own
-    layer is a Conv1D, whose dense weight is (I, O).
+    columns); pivoted: factors on pivot rows; bias: a bias is stored; added_bias: one that the model's
+    own layer lacks; transposed: the model's own layer is a Conv1D, whose dense weight is (I, O).
     """
 
     rank: int
@@ -27,6 +27,7 @@ class LayerFormat:
     entries: int | None = None
     pivoted: bool = True
     bias: bool = False
+    added_bias: bool = False
     transposed: bool = False
 
     def to_dict(self) -> dict[str, int | bool]:
@@ -98,7 +99,8 @@ class LowRankSparseLinear(nn.Module):
         """Cast a decomposition to its stored form, once."""
         layout = LayerFormat(
             rank=found.rank, columns=plan.columns, rows=plan.rows, entries=plan.entries,
-            pivoted=plan.pivoted, bias=bias_O is not None, transposed=transposed,
+            pivoted=plan.pivoted, bias=bias_O is not None, added_bias=plan.bias,
+            transposed=transposed,
         )  # fmt: skip
         packed = cls(Shape(*found.shape), layout, dtype)
         if plan.pivoted:

@@ -157,13 +157,27 @@ def dense_bytes(curves: Mapping[str, LayerCurve]) -> int:
 
 def allocate_uniform(curves: Mapping[str, LayerCurve], budget: int) -> Plan:
     """Every layer the same fraction of its dense bytes, spent on its own best support and rank."""
-    fraction = budget / dense_bytes(curves)
-    plan: Plan = {}
-    for name, curve in curves.items():
-        layer = curve.best_within(fraction * curve.shape.dense_bytes)
-        if layer is None:
+    cheapest = {name: min(_sized(curve), key=lambda pair: pair[0])[1] for name, curve in curves.items()}
+
+    def at(fraction: float) -> Plan:
+        return {
+            name: curve.best_within(fraction * curve.shape.dense_bytes) or cheapest[name]
+            for name, curve in curves.items()
+        }
+
+    # Less than the plain fraction only where some layer's cheapest offer exceeds its share.
+    low, high = 0.0, budget / dense_bytes(curves)
+    plan = at(high)
+    if plan_bytes(plan, curves) > budget:
+        plan = at(low)
+        if plan_bytes(plan, curves) > budget:
             raise _unreachable(curves, budget)
-        plan[name] = layer
+        for _ in range(30):  # to 1e-9 of the fraction, less than a byte of any layer
+            middle = (low + high) / 2
+            candidate = at(middle)
+            low, high, plan = (
+                (middle, high, candidate) if plan_bytes(candidate, curves) <= budget else (low, middle, plan)
+            )
     return fill(plan, curves, budget, dict.fromkeys(curves, 1.0))
 
 

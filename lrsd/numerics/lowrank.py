@@ -51,13 +51,31 @@ def spectrum(W_OI: Tensor, gram_II: Tensor) -> Spectrum:
 
 
 def square_root(gram_II: Tensor) -> Tensor:
-    """C with C C^T = G: the Cholesky factor, of G plus a ridge at rounding level if G is singular."""
+    """C with C C^T = G: the Cholesky factor, or for a singular G, which rounding makes slightly
+    indefinite, its eigenvectors times the roots of the eigenvalues, negative ones taken as 0.
+    """
     factor_II, failed = torch.linalg.cholesky_ex(gram_II)
     if not failed:
         return factor_II
-    ridge = 16 * torch.finfo(gram_II.dtype).eps * gram_II.diagonal().sum()
-    return torch.linalg.cholesky(gram_II + torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
-                                 * torch.where(ridge > 0, ridge, 1.0))  # fmt: skip
+    values, vectors = torch.linalg.eigh(gram_II)
+    return vectors * values.clamp(min=0).sqrt()
+
+
+def ridged_cholesky(gram_II: Tensor, ridge: float) -> Tensor:
+    """Cholesky factor of G + ridge mean(diag G) I, the ridge raised a hundredfold while it is too small.
+
+    G out of float32 partial sums is indefinite at about 1e-7 of its diagonal, so the third step ends it.
+    """
+    scale = gram_II.diagonal().mean()
+    identity_II = torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
+    while True:
+        factor_II, failed = torch.linalg.cholesky_ex(
+            gram_II + identity_II * (ridge * scale if scale > 0 else 1.0)
+        )
+        if not failed:
+            return factor_II
+        assert ridge < 1, "a finite positive semidefinite matrix factors long before"
+        ridge *= 100
 
 
 def spectrum_errors(W_OI: Tensor, gram_II: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from lrsd.numerics.lowrank import best_low_rank, complement
+from lrsd.numerics.lowrank import best_low_rank, complement, ridged_cholesky
 from lrsd.numerics.moments import energy
 from lrsd.numerics.structured import (
     column_energies,
@@ -155,8 +155,5 @@ def propagated_target(W_OI: Tensor, gram_II: Tensor, target_OI: Tensor, *, dampi
 
     Args: W_OI the layer's own weight; gram_II G~ = E[x~ x~^T]; target_OI E[t x~^T].
     """
-    ridge = damping * gram_II.diagonal().mean()
-    damped_II = gram_II.clone()
-    damped_II.diagonal().add_(ridge if ridge > 0 else 1.0)
-    factor = torch.linalg.cholesky(damped_II)
+    factor = ridged_cholesky(gram_II, damping)
     return W_OI + torch.cholesky_solve((target_OI - W_OI @ gram_II).T, factor).T

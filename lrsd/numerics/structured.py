@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lrsd.numerics.lowrank import Spectrum, complement, spectrum
+from lrsd.numerics.lowrank import Spectrum, complement, ridged_cholesky, spectrum
 
 # Ridge on the kept columns' own block, relative to its mean diagonal: it makes duplicate or dead
 # columns solvable and shifts the error by the same relative amount, far below a 16-bit rounding.
@@ -55,10 +55,7 @@ def split_columns(gram_II: Tensor, columns_K: Tensor) -> ColumnSplit:
     if columns_K.numel() == 0:
         return ColumnSplit(columns_K, free_C, gram_CC, gram_II[columns_K][:, free_C])
     gram_KC = gram_II[columns_K][:, free_C]
-    gram_KK = gram_II[columns_K][:, columns_K].clone()
-    scale = gram_KK.diagonal().mean()
-    gram_KK.diagonal().add_(_RIDGE * scale if scale > 0 else 1.0)
-    factor = torch.linalg.cholesky(gram_KK)
+    factor = ridged_cholesky(gram_II[columns_K][:, columns_K], _RIDGE)
     half_KC = torch.linalg.solve_triangular(factor, gram_KC, upper=False)
     regression_KC = torch.linalg.solve_triangular(factor.T, half_KC, upper=True)
     return ColumnSplit(columns_K, free_C, gram_CC - half_KC.T @ half_KC, regression_KC)

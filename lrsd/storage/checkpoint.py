@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
@@ -95,6 +95,7 @@ def read_manifest(directory: Path) -> Manifest:
             name: LayerRecord(**{**layer, "history": tuple(layer["history"])})
             for name, layer in content.pop("layers").items()
         }
+        content["untouched"] = tuple(content["untouched"])
         return Manifest(layers=layers, **content)
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a complete lrsd manifest: {error}") from error
@@ -178,7 +179,14 @@ def export_dense(
     if not isinstance(packing, dict) or packing.get("quant_method") != "lrsd":
         raise CheckpointError(f"{directory} is not compressed by lrsd; nothing to export")
     formats = LrsdConfig(**packing).formats()
+    corrected = [name for name, layout in formats.items() if layout.added_bias]
+    if corrected:
+        raise CheckpointError(
+            f"{len(corrected)} layers carry a bias that the dense model has no place for, {corrected[0]} "
+            "among them; compress without --mean-correction to export"
+        )
     shards = shard_paths(directory)
+    owners = _owners(shards)
     files = {
         shard: f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if len(shards) > 1
@@ -189,7 +197,7 @@ def export_dense(
     total = 0
     with new_directory(target) as aside:
         for shard, name in files.items():
-            tensors = _dense_tensors(shards, shard, formats, progress)
+            tensors = _dense_tensors(owners, shard, formats, progress)
             save_file(tensors, aside / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -211,10 +219,9 @@ _PACKED_ONLY = {"config.json", MANIFEST_NAME, RECIPE_NAME, "model.safetensors.in
 
 
 def _dense_tensors(
-    shards: list[Path], shard: Path, formats: dict[str, LayerFormat], progress: Callable[[str], None]
+    owners: dict[str, Path], shard: Path, formats: dict[str, LayerFormat], progress: Callable[[str], None]
 ) -> dict[str, torch.Tensor]:
     """The tensors of one shard, those of packed layers unpacked beside their `weight`."""
-    owners = _owners(shards)
     dense: dict[str, torch.Tensor] = {}
     with safe_open(shard, framework="pt") as file:
         for key in sorted(file.keys()):
@@ -231,10 +238,14 @@ def _dense_tensors(
 
 
 def _owners(shards: list[Path]) -> dict[str, Path]:
+    """The shard of every tensor. Raises: CheckpointError for a shard that cannot be read."""
     owners: dict[str, Path] = {}
     for shard in shards:
-        with safe_open(shard, framework="pt") as file:
-            owners |= dict.fromkeys(file.keys(), shard)
+        try:
+            with safe_open(shard, framework="pt") as file:
+                owners |= dict.fromkeys(file.keys(), shard)
+        except SafetensorError as error:
+            raise CheckpointError(f"{shard} is damaged: {error}") from error
     return owners
 
 
@@ -245,6 +256,9 @@ def _read_packed(layer: str, layout: LayerFormat, owners: dict[str, Path]) -> Lo
         if key.rpartition(".")[0] == layer:
             with safe_open(shard, framework="pt") as file:
                 tensors[key.rpartition(".")[2]] = file.get_tensor(key)
+    missing = {"weight", "coefficients"} - set(tensors)
+    if missing:
+        raise CheckpointError(f"layer {layer} lacks its {' and '.join(sorted(missing))}")
     try:
         rank, free_columns = tensors["weight"].shape
         out_features = tensors["coefficients"].shape[0] + layout.rows + (rank if layout.pivoted else 0)

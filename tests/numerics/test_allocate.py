@@ -151,12 +151,7 @@ def test_a_budget_below_every_offer_is_refused(curves: dict[str, LayerCurve], al
 
 
 @pytest.mark.parametrize("allocate", ALLOCATORS.values(), ids=ALLOCATORS.keys())
-def test_the_ratio_that_a_refusal_names_is_reachable(
-    curves: dict[str, LayerCurve], allocate, request: pytest.FixtureRequest
-) -> None:
-    if allocate is allocate_uniform:
-        reason = "a layer whose share of the budget holds no rank is refused though all together fit"
-        request.applymarker(pytest.mark.xfail(reason=reason, raises=BudgetError, strict=True))
+def test_the_ratio_that_a_refusal_names_is_reachable(curves: dict[str, LayerCurve], allocate) -> None:
     with pytest.raises(BudgetError) as refusal:
         allocate(curves, dense_bytes(curves) // 1000)
     reachable = float(str(refusal.value).rpartition("below ")[2].removesuffix("x"))
