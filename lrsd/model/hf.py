@@ -54,6 +54,9 @@ def parse_format(name: str, entry: Any) -> LayerFormat:
     numbers = [entry.get(key) for key in ("rank", "columns", "rows", "entries")]
     if any(value is not None and (type(value) is not int or value < 0) for value in numbers):
         raise CheckpointError(f"config.json: layer {name} needs non-negative whole numbers, got {entry}")
+    flags = [entry[key] for key in ("pivoted", "bias", "added_bias", "transposed") if key in entry]
+    if any(type(flag) is not bool for flag in flags):
+        raise CheckpointError(f"config.json: layer {name} needs true or false for its flags, got {entry}")
     return LayerFormat(**entry)
 
 
@@ -95,7 +98,7 @@ class LrsdQuantizer(HfQuantizer):
 def insert_packed(model: PreTrainedModel, formats: dict[str, LayerFormat]) -> None:
     """Replace the named linears by empty packed layers of the given formats.
 
-    Raises: CheckpointError if a name is not a linear layer of this model.
+    Raises: CheckpointError if a name is no linear layer of this model, or too small for its format.
     """
     for name, layout in formats.items():
         try:
@@ -107,6 +110,13 @@ def insert_packed(model: PreTrainedModel, formats: dict[str, LayerFormat]) -> No
                 f"config.json packs {name!r}, which is not a linear layer of {type(model).__name__}"
             )
         sizes = old.weight.shape[::-1] if isinstance(old, Conv1D) else old.weight.shape
+        rank_limit = min(
+            sizes[0] - layout.rows, sizes[1] - (0 if layout.entries is not None else layout.columns)
+        )
+        if not layout.rank <= rank_limit or not layout.columns <= sizes[1]:
+            raise CheckpointError(
+                f"config.json: {layout} does not fit {name}, a {sizes[0]} x {sizes[1]} layer"
+            )
         model.set_submodule(name, LowRankSparseLinear(Shape(*sizes), layout, old.weight.dtype))
 
 

@@ -343,14 +343,30 @@ def test_a_missing_packed_tensor_is_an_error(one: Compressed, tmp_path: Path, pa
         AutoModelForCausalLM.from_pretrained(damaged)
 
 
-@pytest.mark.parametrize("name", ["model.norm", "model.layers.0.self_attn", "model.layers.9.mlp.up_proj"])
-def test_packing_what_is_no_linear_layer_is_an_error(one: Compressed, tmp_path: Path, name: str) -> None:
+LINEAR = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "said"),
+    [
+        ("model.norm", {"rank": 2}, "is not a linear layer"),
+        ("model.layers.0.self_attn", {"rank": 2}, "is not a linear layer"),
+        ("model.layers.9.mlp.up_proj", {"rank": 2}, "is not a linear layer"),
+        (LINEAR, {"rank": 65}, "does not fit"),
+        (LINEAR, {"rank": 0, "columns": 65}, "does not fit"),
+        (LINEAR, {"rank": -1}, "whole numbers"),
+        (LINEAR, {"rank": 2, "pivoted": 1}, "true or false"),
+    ],
+)
+def test_a_format_that_no_layer_of_the_model_has_is_an_error(
+    one: Compressed, tmp_path: Path, name: str, entry: dict[str, object], said: str
+) -> None:
     damaged = tmp_path / "damaged"
     shutil.copytree(one.directory, damaged)
     config = json.loads((damaged / "config.json").read_text())
-    config["quantization_config"]["layers"][name] = {"rank": 2}
+    config["quantization_config"]["layers"][name] = entry
     (damaged / "config.json").write_text(json.dumps(config))
-    with pytest.raises(CheckpointError, match="is not a linear layer"):
+    with pytest.raises(CheckpointError, match=said):
         AutoModelForCausalLM.from_pretrained(damaged)
 
 
