@@ -61,7 +61,7 @@ _COMPARED_SAMPLES = 4
 # local, and a layer far below the average has an error they say nothing about.
 _FLOOR = 0.3
 # Time of the fit over time of the survey, as measured on SmolLM2-135M; for the dry run's guess only.
-_FIT_PER_SURVEY = 1.5
+_FIT_PER_SURVEY = 1.3
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 from lrsd.model.layout import Layout, LinearSpec, replaced_weight
 from lrsd.model.replay import Replay
 
-# Tokens of a probe: as short as still orders the layers. The KL is read off every second one, since
+# Tokens of a probe: set by the time they take, their effect on quality is not measured. The KL is read off every second one, since
 # the head costs as much as a third of all blocks.
 _SAMPLES = 2
 _TOKENS = 192

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 # A pivot is exchanged while some coefficient exceeds this: coefficients near 1 keep the rounding
-# to 16 bit harmless, and 1.5 is met after a handful of exchanges where 1.0 may take hundreds.
+# to 16 bit harmless; at 1.0 exact ties could be exchanged for ever.
 _MAX_COEFFICIENT = 1.5
 # Bound on the exchanges, so that a pathological factor costs time linear in its rank.
 _EXCHANGES_PER_RANK = 2

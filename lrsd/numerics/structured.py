@@ -15,7 +15,7 @@ from lrsd.numerics.lowrank import Spectrum, complement, ridged_cholesky, spectru
 # Ridge on the kept columns' own block, relative to its mean diagonal: it makes duplicate or dead
 # columns solvable and shifts the error by the same relative amount, far below a 16-bit rounding.
 _RIDGE = 1e-10
-# Rounds of re-scoring: the column set stood still after two or three on every layer measured.
+# Rounds of re-scoring at most; the design's figure, each costs one spectrum.
 _ROUNDS = 3
 
 
@@ -24,7 +24,7 @@ def column_energies(residual_OI: Tensor, gram_II: Tensor) -> Tensor:
 
     The error removed by freeing column j alone, ||R G e_j||^2 / G_jj, looks better founded but counts
     again what other columns and L can also explain; on the layers of SmolLM2-135M the sets it chose
-    were worse than the best of 50 random ones in half of the cases, those of this score in none.
+    lost to the best of 50 random ones on 10 of 21; `tests/test_real.py` holds this score to 95 %.
     """
     return (residual_OI**2).sum(0) * gram_II.diagonal().clamp(min=0)
 
