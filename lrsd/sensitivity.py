@@ -12,8 +12,8 @@ from transformers import PreTrainedModel
 from lrsd.model.layout import Layout, LinearSpec, replaced_weight
 from lrsd.model.replay import Replay
 
-# Tokens of a probe: set by the time they take, their effect on quality is not measured. The KL is read off every second one, since
-# the head costs as much as a third of all blocks.
+# Tokens of a probe: set by the time they take, their effect on quality is not measured. The KL is read
+# off every second one, since the head costs as much as a third of all blocks.
 _SAMPLES = 2
 _TOKENS = 192
 _READ_EVERY = 2
