@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
+from torch.nn.functional import kl_div, linear, log_softmax
 
 from lrsd.config import CalibrationSettings, CompressionSettings, recipe
 from lrsd.data import read_text, self_calibration, token_blocks
@@ -315,6 +315,7 @@ def fit_blocks(prepared: Prepared, settings: CompressionSettings, progress: Prog
     fitted: dict[str, Fitted] = {}
     dense_stream, stream = prepared.stream, prepared.stream
     for index, block in enumerate(replay.layout.blocks):
+        after: Stream | None = None
         if settings.propagates:
             dense_inputs, dense_stream = _dense_pass(replay, index, dense_stream)
         for group in block.groups:
@@ -324,12 +325,35 @@ def fit_blocks(prepared: Prepared, settings: CompressionSettings, progress: Prog
             else:
                 moments = prepared.survey.moments[group.name]
                 aims = {spec.name: _plain_aim(model, spec, moments, settings) for spec in group.linears}
+            before = _affine(model, group.linears[0])
             for spec in group.linears:
                 fitted[spec.name] = _fit_layer(prepared, spec, aims[spec.name], settings)
+            if settings.propagates and pair.closing is not None:
+                after = _moved(pair.closing, before, _affine(model, group.linears[0]))
         if settings.propagates:
-            stream = [replay.run(index, hidden) for hidden in stream]
+            stream = after or [replay.run(index, hidden) for hidden in stream]
         progress.step(block.name)
     return fitted
+
+
+def _affine(model: nn.Module, spec: LinearSpec) -> tuple[Tensor, Tensor | None]:
+    """Weight (O, I) and bias (O,) as they are now."""
+    bias = model.get_submodule(spec.name).bias
+    return read_weight(model, spec), bias.float() if isinstance(bias, Tensor) else None
+
+
+def _moved(
+    closing: list[tuple[Tensor, Tensor]],
+    before: tuple[Tensor, Tensor | None],
+    after: tuple[Tensor, Tensor | None],
+) -> Stream:
+    """The block's outputs once its closing layer, whose inputs are known, has changed: no second run."""
+    change_OI = after[0] - before[0]
+    shift_O = None if after[1] is None else after[1] - (before[1] if before[1] is not None else 0.0)
+    return [
+        y + linear(x, change_OI.to(x.dtype), None if shift_O is None else shift_O.to(x.dtype)).view_as(y)
+        for y, x in closing
+    ]
 
 
 @dataclass(frozen=True)
@@ -355,13 +379,14 @@ class _Pair:
 
     cross: E[t x~^T] with t the dense model's input x of this group, or, for the layer that closes
     the block, the residual that is missing in the block's output while its weight is still dense.
+    closing: for that layer the block's output and the layer's input, per batch.
     """
 
     fit: Moments
     fit_cross: CrossMoments
     held_out: Moments
     held_out_cross: CrossMoments
-    closes_block: bool
+    closing: list[tuple[Tensor, Tensor]] | None
 
 
 def _pair_moments(
@@ -377,10 +402,12 @@ def _pair_moments(
     held_out = max(1, sum(len(hidden) for hidden in stream) // _HELD_OUT)
     first_held_out = sum(len(hidden) for hidden in stream) - held_out
     seen = 0
+    closing: list[tuple[Tensor, Tensor]] = []
     for hidden, dense_x, dense_y in zip(stream, dense_inputs, dense_after, strict=True):
         if closes:
             y, inputs = replay.run_with_inputs(index, hidden)
             x, t = inputs[group.name], dense_y.float() - y.float()
+            closing.append((y, x))
         else:
             x, t = replay.input_of(index, group.name, hidden), dense_x
         # Some families flatten (samples, tokens) before their linears.
@@ -392,7 +419,7 @@ def _pair_moments(
                 cross.update_(t[part], x[part])
         seen += len(hidden)
     (fit, fit_cross), (rest, rest_cross) = parts
-    return _Pair(fit, fit_cross, rest, rest_cross, closes)
+    return _Pair(fit, fit_cross, rest, rest_cross, closing if closes else None)
 
 
 def _propagated_aim(model: nn.Module, spec: LinearSpec, pair: _Pair) -> _Aim:
@@ -403,7 +430,7 @@ def _propagated_aim(model: nn.Module, spec: LinearSpec, pair: _Pair) -> _Aim:
     W_OI = read_weight(model, spec).double()
 
     def target(moments: Moments, cross: CrossMoments) -> Tensor:
-        if pair.closes_block:
+        if pair.closing is not None:
             return W_OI @ moments.gram + cross.mean
         return W_OI @ cross.mean
 
@@ -415,7 +442,9 @@ def _propagated_aim(model: nn.Module, spec: LinearSpec, pair: _Pair) -> _Aim:
     blend = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
     full_OI = propagated_target(W_OI, moments.gram, target(moments, cross))
     input_mean_I = moments.mean
-    target_mean_O = W_OI @ input_mean_I + cross.target_mean if pair.closes_block else W_OI @ cross.target_mean
+    target_mean_O = (
+        W_OI @ input_mean_I + cross.target_mean if pair.closing is not None else W_OI @ cross.target_mean
+    )
     return _Aim(W_OI + blend * (full_OI - W_OI), moments.gram, target_mean_O, input_mean_I, blend)
 
 

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,11 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
         model as it is and turns any other into bfloat16; device: "auto" is cuda where there is one.
     Raises: InputError naming what is missing or unreadable.
     """
+    with _gguf_parsed_once():
+        return _load(source, dtype, device)
+
+
+def _load(source: str, dtype: str, device: str) -> LoadedModel:
     where, arguments, stored_as = _locate(source)
     target = resolve_device(device)
     transformers_logging.disable_progress_bar()
@@ -155,6 +161,25 @@ def _gguf_storage(path: Path) -> str:
     except (ValueError, OSError, IndexError) as error:
         raise InputError(f"{path} is not a readable GGUF file: {_first_line(error)}") from error
     return f"GGUF {'/'.join(sorted(kinds))}"
+
+
+@contextmanager
+def _gguf_parsed_once() -> Iterator[None]:
+    """One parse of a GGUF file's header instead of four: transformers reads it anew, seconds each
+    time, for configuration, weights and tokenizer.
+    """
+    if importlib.util.find_spec("gguf") is None:
+        yield
+        return
+    import gguf
+
+    reader = gguf.GGUFReader
+    parsed = cache(reader)
+    setattr(gguf, "GGUFReader", lambda path: parsed(str(path)))  # noqa: B010 - a class for mypy
+    try:
+        yield
+    finally:
+        setattr(gguf, "GGUFReader", reader)  # noqa: B010
 
 
 def _config_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
