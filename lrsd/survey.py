@@ -187,7 +187,7 @@ def _columns_support(
     count = max(1, round(fraction * W_OI.shape[1]))
     columns_K = column_energies(W_OI, gram_II).topk(count).indices.sort().values
     split = split_columns(gram_II, columns_K)
-    errors_R = spectrum_errors(W_OI[:, split.free_C], split.schur_CC) / total
+    errors_R = spectrum_errors(W_OI[:, split.free_C].float(), split.schur_CC.float()).double() / total
     return Support(count, 0, errors_R.cpu(), kept=columns_K)
 
 
@@ -197,7 +197,8 @@ def _rows_support(
     """The rows of largest error in the residual of the best half-rank fit."""
     count = max(1, round(fraction * W_OI.shape[0]))
     rows_P = row_gains(residual_OI, gram_II).topk(count).indices.sort().values
-    errors_R = spectrum_errors(W_OI[complement(rows_P, W_OI.shape[0])], gram_II) / total
+    free_OI = W_OI[complement(rows_P, W_OI.shape[0])]
+    errors_R = spectrum_errors(free_OI.float(), gram_II.float()).double() / total
     return Support(0, count, errors_R.cpu(), kept=rows_P)
 
 
