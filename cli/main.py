@@ -12,17 +12,18 @@ import click
 
 CALIBRATION_KEYS = ("samples", "seqlen", "seed")
 SETTINGS_KEYS = (
-    "method", "structure", "allocation", "rank", "propagate", "mean_correction", "alternations", "dtype",
-    "device", "batch",
+    "method", "structure", "bits", "coding", "group", "allocation", "rank", "propagate", "mean_correction",
+    "alternations", "dtype", "device", "batch",
 )  # fmt: skip
 
 _COMPRESS_EXAMPLES = """
 \b
 Examples:
-  lrsd compress HuggingFaceTB/SmolLM2-135M --ratio 1.25x -o smol-1.25x
+  lrsd compress HuggingFaceTB/SmolLM2-135M --ratio 4x -o smol-4x
   lrsd compress model.gguf --ratio 80% --calib wiki.txt --samples 64 -o out
   lrsd compress ./my-model --ratio 2x --dry-run
-  lrsd compress ./my-model --ratio 1.25x --method svd-llm -o peer
+  lrsd compress ./my-model --ratio 1.25x --bits 16 -o low-rank
+  lrsd compress ./my-model --ratio 3.5x --method gptq -o peer
 """
 _EVAL_EXAMPLES = """
 \b
@@ -93,7 +94,7 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.version_option(package_name="lrsd")
 def commands() -> None:
-    """Compress language models without training: low rank + column-structured sparse weights."""
+    """Compress language models without training: low rank + column-structured sparse + quantised."""
 
 
 def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path | None) -> Path | None:
@@ -142,7 +143,7 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     "--method",
     default="lrsd",
     show_default=True,
-    type=click.Choice(["lrsd", "ssd", "svd-llm", "asvd", "svd"]),
+    type=click.Choice(["lrsd", "ssd", "svd-llm", "asvd", "svd", "gptq", "columns"]),
     help="lrsd, or a published method to compare with.",
 )
 @click.option(
@@ -152,6 +153,25 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     type=click.Choice(["auto", "column", "row", "unstructured", "none"]),
     help="What S keeps beside the low rank: input channels (column), output channels (row), "
     "single entries (unstructured), or per layer the better of column and row (auto).",
+)
+@click.option(
+    "--bits",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "16", "8", "6", "5", "4", "3", "2"]),
+    help="auto: as many per layer as pay; 16: no rounding, low rank and kept channels only; others: codes "
+    "of this width, and kept columns beside them.",
+)
+@click.option(
+    "--coding",
+    default="entropy",
+    show_default=True,
+    type=click.Choice(["entropy", "fixed"]),
+    help="How --bits auto stores codes: entropy coded (best quality per byte), or at a width per layer "
+    "that kernels can read in place.",
+)
+@click.option(
+    "--group", default=64, show_default=True, help="Columns per scale and zero of fixed-width codes."
 )
 @click.option(
     "--allocation",

@@ -7,9 +7,11 @@ from typing import Any, Literal, get_args
 
 from lrsd.errors import SettingsError
 
-Method = Literal["lrsd", "ssd", "svd-llm", "asvd", "svd"]
+Method = Literal["lrsd", "ssd", "svd-llm", "asvd", "svd", "gptq", "columns"]
 Structure = Literal["auto", "column", "row", "unstructured", "none"]
 Allocation = Literal["auto", "kl", "uniform", "energy"]
+Bits = Literal["auto", "16", "8", "6", "5", "4", "3", "2"]
+Coding = Literal["entropy", "fixed"]
 Dtype = Literal["auto", "bfloat16", "float16"]
 
 
@@ -38,16 +40,21 @@ class CompressionSettings:
 
     ratio: 16-bit bytes of the linear weights before / after. method: "lrsd", or a published method
     as a preset of the same solver. structure: which channels S may keep. allocation: how bytes are
-    shared among layers; "auto" is the best of three on held-out text for lrsd, one energy threshold
-    for ssd, equal shares for the others. rank: one rank for every layer instead. propagate: fit
-    behind the compressed prefix; None: only lrsd does. alternations: rounds between S and L (1: none).
-    batch: samples per forward pass.
+    shared among layers; "auto" is the best of several on held-out text for lrsd, one energy threshold
+    for ssd, equal shares for the others. bits: width of the codes that S may use; 16: none, low rank and
+    kept channels only. coding: of the codes, where bits is auto: entropy coded, or of a fixed width that
+    is chosen per layer; any other width is fixed. group: columns per scale and zero at a fixed width.
+    rank: one rank for every layer instead. propagate: fit behind the compressed prefix; None: only lrsd
+    does. alternations: rounds between S and L (1: none). batch: samples per forward pass.
     """
 
     ratio: float
     method: Method = "lrsd"
     structure: Structure = "auto"
     allocation: Allocation = "auto"
+    bits: Bits = "auto"
+    coding: Coding = "entropy"
+    group: int = 64
     rank: int | None = None
     propagate: bool | None = None
     mean_correction: bool = False
@@ -60,17 +67,40 @@ class CompressionSettings:
         if not (math.isfinite(self.ratio) and self.ratio > 1):
             raise SettingsError(f"ratio must be above 1x, got {self.ratio:g}x; try 1.25x or 80%")
         for name, allowed in (
-            ("method", Method), ("structure", Structure), ("allocation", Allocation), ("dtype", Dtype)
+            ("method", Method), ("structure", Structure), ("allocation", Allocation), ("dtype", Dtype),
+            ("bits", Bits), ("coding", Coding),
         ):  # fmt: skip
             _one_of(name, getattr(self, name), get_args(allowed))
         _at_least("alternations", self.alternations, 1)
         _at_least("batch", self.batch, 1)
+        _at_least("group", self.group, 1)
+        if self.method in ("ssd", "svd-llm", "asvd", "svd", "columns") and self.bits not in ("auto", "16"):
+            raise SettingsError(f"method {self.method} is a 16-bit method; leave out --bits {self.bits}")
+        if self.method == "gptq" and self.bits == "16":
+            raise SettingsError("method gptq rounds to 2 to 8 bit; leave out --bits 16")
+        if self.entropy_coded and self.structure not in ("auto", "none"):
+            raise SettingsError(
+                f"structure {self.structure} keeps channels at 16 bit, which entropy-coded weights have no use "
+                "for; add --bits 16, or --coding fixed"
+            )
         if self.rank is not None:
-            _at_least("rank", self.rank, 1)
+            _at_least("rank", self.rank, 0 if self.entropy_coded else 1)
 
     @property
     def propagates(self) -> bool:
         return self.method == "lrsd" if self.propagate is None else self.propagate
+
+    @property
+    def code_widths(self) -> tuple[int, ...]:
+        """Fixed widths that the codes may have; empty where they are entropy coded, or none."""
+        if self.bits not in ("auto", "16"):
+            return (int(self.bits),)
+        fixed = self.method == "gptq" or (self.method == "lrsd" and self.coding == "fixed")
+        return (2, 3, 4, 5, 6, 8) if fixed and self.bits == "auto" else ()
+
+    @property
+    def entropy_coded(self) -> bool:
+        return self.method == "lrsd" and self.bits == "auto" and self.coding == "entropy"
 
     @property
     def allocates_by(self) -> Allocation:

@@ -32,7 +32,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
 def layer_table(manifest: Manifest) -> str:
     """One row per linear weight."""
     header = (
-        f"{'layer':<40} {'shape':>11} {'rank':>5} {'cols':>5} {'rows':>5} {'bits':>5} {'KB':>7} "
+        f"{'layer':<40} {'shape':>11} {'rank':>5} {'cols':>5} {'rows':>5} {'codes':>7} {'bits':>5} {'KB':>7} "
         f"{'ratio':>6} {'error':>8} {'blend':>5}  status"
     )
     rows = [header]
@@ -41,10 +41,16 @@ def layer_table(manifest: Manifest) -> str:
         bits = 8 * layer.bytes / (layer.out_features * layer.in_features)
         rows.append(
             f"{name:<40} {layer.out_features:>5}x{layer.in_features:<5} {rank:>5} {layer.columns:>5} "
-            f"{layer.rows:>5} {bits:>5.2f} {layer.bytes / 1e3:>7.1f} {layer.dense_bytes / layer.bytes:>6.3f} "
+            f"{layer.rows:>5} {_codes(layer):>7} {bits:>5.2f} {layer.bytes / 1e3:>7.1f} {layer.dense_bytes / layer.bytes:>6.3f} "
             f"{layer.error:>8.2e} {layer.blend:>5.2f}  {layer.status}"
         )
     return "\n".join(rows)
+
+
+def _codes(layer: LayerRecord) -> str:
+    if layer.coding is None:
+        return "-"
+    return layer.coding if layer.code_bits is None else f"{layer.code_bits} bit"
 
 
 def plan_table(prepared: Prepared) -> str:
@@ -127,7 +133,7 @@ tags: [lrsd, low-rank, sparse, compressed]
 ---
 # {manifest.base_model}, compressed {manifest.ratio:.3g}x by lrsd {manifest.lrsd_version}
 
-Each linear weight is stored as low rank + kept columns or rows, fitted to its outputs on
+Each linear weight is stored as low rank + kept columns or rows + integer codes, fitted to its outputs on
 {calibration["samples"]} x {calibration["seqlen"]} tokens of calibration text ({calibration["source"]}).
 The source held its weights as {manifest.base_stored_as}.
 
@@ -149,11 +155,13 @@ model = AutoModelForCausalLM.from_pretrained("this directory")
 def _kinds(manifest: Manifest) -> dict[str, int]:
     counts: dict[str, int] = {}
     for layer in manifest.layers.values():
-        kind = "dense" if layer.rank is None else "low rank"
-        if layer.rank is not None and layer.columns:
-            kind = "low rank + columns" if layer.rank else "columns"
-        if layer.rank is not None and layer.rows:
-            kind = "low rank + rows" if layer.rank else "rows"
+        parts = (
+            (layer.rank, "low rank"),
+            (layer.columns, "columns"),
+            (layer.rows, "rows"),
+            (layer.coding, f"{_codes(layer)} codes"),
+        )
+        kind = " + ".join(name for present, name in parts if present) if layer.rank is not None else "dense"
         counts[kind] = counts.get(kind, 0) + 1
     return counts
 

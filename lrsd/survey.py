@@ -12,12 +12,16 @@ from lrsd.config import CompressionSettings
 from lrsd.model.layout import LinearSpec, read_weight
 from lrsd.model.load import check_finite
 from lrsd.model.replay import Replay, Stream
-from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, LayerPlan, Shape, Support
+from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, LayerPlan, Shape, Support, index_bytes
 from lrsd.numerics.lowrank import Spectrum, complement, spectrum, spectrum_errors
-from lrsd.numerics.moments import Moments
+from lrsd.numerics.moments import Moments, energy
+from lrsd.numerics.quantize import Feedback, feedback
+from lrsd.numerics.rates import grid_plans, lattice_plans, quantiser
 from lrsd.numerics.structured import column_energies, row_gains, split_columns
 from lrsd.sensitivity import Perturbation, Probe
 
+# One sample in eight is kept out of the fit: it chooses the blend and the plan.
+HELD_OUT = 8
 # Kept fractions of a layer's columns or rows that are tried, and the two that a search begins at.
 _FRACTIONS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 3 / 8, 1 / 2, 5 / 8, 3 / 4)
 _STARTS = (2, 4)
@@ -25,6 +29,14 @@ _STARTS = (2, 4)
 # above its mean magnitude (43 % to 37 %), taken at the lower end so that the budget holds.
 _SSD_COLUMNS = 1 / 32
 _SSD_KEPT = 0.37
+# Ranks offered beside entropy-coded weights. On SmolLM2-135M a byte spent on rank there pays in the first
+# block's query projection only.
+_CODED_RANKS = (0, 4, 16)
+# Shares of the columns that may stay at 16 bit beside codes of a fixed width.
+_OUTLIER_SHARES = (0, 1 / 64, 1 / 32)
+# Widest codes of a sensitivity probe.
+_PROBE_BITS = 4
+_TINY = torch.finfo(torch.float64).tiny
 # Unstructured S of the ablation: the share of a layer's byte budget that goes to it.
 _UNSTRUCTURED_SHARE = 0.25
 
@@ -61,12 +73,19 @@ def survey_model(
         for group in block.groups:
             gram_II = metric(settings, found[group.name])
             check_finite(f"the input of {group.name}", gram_II)
+            carry = feedback(gram_II) if has_codes(settings) else None
             perturbations = []
             for spec in group.linears:
                 W_OI = read_weight(replay.model, spec).double()
-                whole = spectrum(W_OI, gram_II)
-                curves[spec.name] = layer_curve(W_OI, gram_II, whole, spec, settings)
-                perturbations.append(_perturbation(spec, W_OI, whole, curves[spec.name], settings))
+                if carry is not None:
+                    curves[spec.name] = coded_curve(W_OI, gram_II, carry, spec, settings)
+                    perturb = partial(_rounded, spec, W_OI, gram_II, carry)
+                else:
+                    whole = spectrum(W_OI, gram_II)
+                    curves[spec.name] = layer_curve(W_OI, gram_II, whole, spec, settings)
+                    perturb = partial(_truncated, spec, W_OI, whole)
+                if probe:
+                    perturbations.append(perturb(curves[spec.name], settings))
             sensitivity |= probe.measure(perturbations) if probe else {}
         if probe:
             probe.advance()
@@ -76,7 +95,12 @@ def survey_model(
 
 
 def needs_sensitivity(settings: CompressionSettings) -> bool:
-    return settings.allocates_by in ("auto", "kl") and settings.rank is None
+    by_rank = settings.rank is not None and not has_codes(settings)
+    return settings.allocates_by in ("auto", "kl") and not by_rank
+
+
+def has_codes(settings: CompressionSettings) -> bool:
+    return settings.entropy_coded or bool(settings.code_widths)
 
 
 def block_moments(replay: Replay, index: int, stream: Stream) -> tuple[dict[str, Moments], Stream]:
@@ -106,6 +130,29 @@ def metric(settings: CompressionSettings, moments: Moments) -> Tensor:
     return gram_II
 
 
+def coded_curve(
+    W_OI: Tensor, gram_II: Tensor, carry: Feedback, spec: LinearSpec, settings: CompressionSettings
+) -> LayerCurve:
+    """What a layer offers with integer codes: steps or widths, beside some ranks or kept columns."""
+    if settings.code_widths:
+        # A published method keeps them only when asked to.
+        outliers = ("auto", "column") if settings.method == "lrsd" else ("column",)
+        shares = _OUTLIER_SHARES if settings.structure in outliers else (0,)
+        columns = [round(share * spec.shape.in_features) for share in shares]
+        plans = grid_plans(
+            W_OI, gram_II, carry, widths=settings.code_widths, group=settings.group, columns=columns
+        )
+        return LayerCurve(spec.shape, (), coded=plans)
+    total = max(energy(W_OI, gram_II), _TINY)
+    offered = _CODED_RANKS if settings.rank is None else (settings.rank,)
+    ranks = [min(rank, *W_OI.shape) for rank in offered]
+    whole = spectrum(W_OI.float(), gram_II.float()) if any(ranks) else None
+    plans = lattice_plans(W_OI, carry, whole, total, ranks)
+    if settings.mean_correction and not spec.has_bias:
+        plans = tuple(replace(plan, bias=True) for plan in plans)
+    return LayerCurve(spec.shape, (), coded=plans)
+
+
 def layer_curve(
     W_OI: Tensor, gram_II: Tensor, whole: Spectrum, spec: LinearSpec, settings: CompressionSettings
 ) -> LayerCurve:
@@ -113,7 +160,7 @@ def layer_curve(
 
     Args: whole: the spectrum of W in the metric G.
     """
-    total = max(float(whole.energies_R.sum()), torch.finfo(torch.float64).tiny)
+    total = max(float(whole.energies_R.sum()), _TINY)
     bias = settings.mean_correction and settings.method == "lrsd" and not spec.has_bias
     pivoted = settings.method in ("lrsd", "ssd")
 
@@ -125,6 +172,8 @@ def layer_curve(
         columns = max(1, round(spec.shape.in_features * _SSD_COLUMNS))
         entries = int(_SSD_KEPT * columns * spec.shape.out_features)
         return curve([Support(columns, 0, plain.errors_R, entries)])
+    if settings.method == "columns":
+        return curve([_pruned(W_OI, gram_II, total, settings)])
     if settings.method != "lrsd" or settings.structure == "none":
         return curve([plain])
     if settings.structure == "unstructured":
@@ -140,6 +189,17 @@ def layer_curve(
         if settings.structure in ("auto", structure):
             supports += _search(partial(measure, W_OI, gram_II, residual_OI, total), at_target, plain)
     return curve(supports)
+
+
+def _pruned(W_OI: Tensor, gram_II: Tensor, total: float, settings: CompressionSettings) -> Support:
+    """As many columns as a uniform share of the bytes holds, each with its index, and no rank."""
+    out_features, in_features = W_OI.shape
+    per_column = VALUE_BYTES * out_features + index_bytes(in_features)
+    count = int(VALUE_BYTES * W_OI.numel() / settings.ratio // per_column)
+    columns_K = column_energies(W_OI, gram_II).topk(count).indices.sort().values
+    split = split_columns(gram_II, columns_K)
+    lost = energy(W_OI[:, split.free_C], split.schur_CC) / total
+    return Support(count, 0, torch.tensor([lost], dtype=torch.float64), kept=columns_K)
 
 
 def unstructured_support(plain: Support, shape: Shape, settings: CompressionSettings) -> Support:
@@ -202,7 +262,28 @@ def _rows_support(
     return Support(0, count, errors_R.cpu(), kept=rows_P)
 
 
-def _perturbation(
+def _rounded(
+    spec: LinearSpec,
+    W_OI: Tensor,
+    gram_II: Tensor,
+    carry: Feedback,
+    curve: LayerCurve,
+    settings: CompressionSettings,
+) -> Perturbation:
+    """The layer rounded as a uniform plan would have it, or to 4 bit where that has more: below, the
+    change of the output drowns in the arithmetic."""
+    shape = curve.shape
+    share = min(shape.dense_bytes / settings.ratio, _PROBE_BITS / 16 * shape.dense_bytes)
+    fitting = [plan for plan in curve.coded if plan.nbytes(shape) <= share]
+    plan = fitting[-1] if fitting else curve.coded[0]
+    assert plan.codes is not None
+    codes = quantiser(plan.codes)(W_OI, carry)
+    approximation_OI = codes.dense().double()
+    lost = energy(W_OI - approximation_OI, gram_II)
+    return Perturbation(spec, approximation_OI, lost / max(energy(W_OI, gram_II), _TINY))
+
+
+def _truncated(
     spec: LinearSpec, W_OI: Tensor, whole: Spectrum, curve: LayerCurve, settings: CompressionSettings
 ) -> Perturbation:
     """The low-rank fit that this layer would get under a uniform plan: a probe near its later error."""

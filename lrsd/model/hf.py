@@ -21,6 +21,8 @@ from lrsd.model.linear import LayerFormat, LowRankSparseLinear
 from lrsd.numerics.allocate import Shape
 
 FORMAT_VERSION = 1
+# Eighths of an octave: float32 ends at 2^127.
+_LARGEST_EXPONENT = 8 * 127
 
 
 @register_quantization_config("lrsd")
@@ -51,13 +53,23 @@ def parse_format(name: str, entry: Any) -> LayerFormat:
         raise CheckpointError(
             f"config.json: layer {name} must be an object with 'rank' and any of {sorted(known)}"
         )
-    numbers = [entry.get(key) for key in ("rank", "columns", "rows", "entries")]
+    numbers = [entry.get(key) for key in ("rank", "columns", "rows", "entries", "stream", "bits", "group")]
     if any(value is not None and (type(value) is not int or value < 0) for value in numbers):
         raise CheckpointError(f"config.json: layer {name} needs non-negative whole numbers, got {entry}")
     flags = [entry[key] for key in ("pivoted", "bias", "added_bias", "transposed") if key in entry]
     if any(type(flag) is not bool for flag in flags):
         raise CheckpointError(f"config.json: layer {name} needs true or false for its flags, got {entry}")
-    return LayerFormat(**entry)
+    layout = LayerFormat(**entry)
+    fixed = layout.bits is not None
+    if fixed and (not 1 <= (layout.bits or 0) <= 8 or layout.group < 1 or layout.stream is not None):
+        raise CheckpointError(
+            f"config.json: layer {name} needs codes of 1 to 8 bits in groups of 1 or more, got {entry}"
+        )
+    if type(layout.exponent) is not int or abs(layout.exponent) > _LARGEST_EXPONENT:
+        raise CheckpointError(f"config.json: layer {name} has no usable exponent of its steps: {entry}")
+    if (fixed or layout.stream is not None) and (layout.rows or layout.entries is not None):
+        raise CheckpointError(f"config.json: layer {name} has codes beside rows or entries, got {entry}")
+    return layout
 
 
 @register_quantizer("lrsd")

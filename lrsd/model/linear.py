@@ -4,11 +4,21 @@ from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, pad
+from torch.nn.functional import linear
 from transformers.pytorch_utils import Conv1D
 
+from lrsd.errors import CheckpointError
 from lrsd.numerics.allocate import LayerPlan, Shape, index_bytes
+from lrsd.numerics.coding import (
+    entropy_decode,
+    entropy_encode,
+    pack_bits,
+    pack_codes,
+    unpack_bits,
+    unpack_codes,
+)
 from lrsd.numerics.lowrank import complement, pivot_factors
+from lrsd.numerics.quantize import GridCodes, LatticeCodes, lattice_steps
 from lrsd.numerics.solver import Decomposition
 
 
@@ -19,6 +29,8 @@ class LayerFormat:
     rank; columns, rows: kept channels; entries: stored values of a thresholded S (None: whole
     columns); pivoted: factors on pivot rows; bias: a bias is stored; added_bias: one that the model's
     own layer lacks; transposed: the model's own layer is a Conv1D, whose dense weight is (I, O).
+    Integer codes for all columns that are not kept: stream: bytes of the entropy-coded ones, and
+    exponent: of their steps; or bits, group: width of a code, and columns per scale and zero.
     """
 
     rank: int
@@ -29,6 +41,10 @@ class LayerFormat:
     bias: bool = False
     added_bias: bool = False
     transposed: bool = False
+    stream: int | None = None
+    exponent: int = 0
+    bits: int | None = None
+    group: int = 0
 
     def to_dict(self) -> dict[str, int | bool]:
         """Only what differs from the defaults, and the rank."""
@@ -37,7 +53,7 @@ class LayerFormat:
 
 
 class LowRankSparseLinear(nn.Module):
-    """Linear layer stored as low rank + kept columns or rows.
+    """Linear layer stored as low rank + kept columns or rows + integer codes.
 
     | parameter           | shape          | what                                              |
     |---------------------|----------------|---------------------------------------------------|
@@ -47,8 +63,13 @@ class LowRankSparseLinear(nn.Module):
     | columns, column_values | (K,), (O, K) | kept input columns and S on them                  |
     | rows, row_values    | (P,), (P, I)   | kept output rows                                  |
     | mask, entries       | (ceil(OK/8),), (nnz,) | thresholded S: bitmask, its set values by row |
+    | codes               | (bytes,) uint8 | integers Q for the free columns, on top of L       |
+    | steps               | (C,) uint8     | entropy-coded Q: steps 2^((exponent + steps) / 8)  |
+    | scales, zeros       | (O, groups), (bytes,) | fixed width: (Q - zero) scale per group     |
     | bias                | (O,)           |                                                   |
 
+    Entropy-coded integers lie column by column, columns of finer steps first (ties in order); those of a
+    fixed width row by row.
     F = O - P free rows, C = I - K free columns (C = I under a mask, where L spans all columns).
     One factor is named `weight` on purpose: a loader that does not know this layer then fails on
     its shape instead of running with random weights.
@@ -84,7 +105,21 @@ class LowRankSparseLinear(nn.Module):
             else None
         )
         self.entries = values(layout.entries) if layout.entries is not None else None
+        code_bytes, zero_bytes = self._code_bytes(free_columns)
+        self.codes = integers(code_bytes, torch.uint8) if code_bytes else None
+        self.steps = integers(free_columns, torch.uint8) if layout.stream else None
+        groups = -(-free_columns // layout.group) if layout.bits else 0
+        self.scales = values(shape.out_features, groups) if layout.bits else None
+        self.zeros = integers(zero_bytes, torch.uint8) if layout.bits else None
         self.bias = values(shape.out_features) if layout.bias else None
+        self._integers: Tensor | None = None
+
+    def _code_bytes(self, free_columns: int) -> tuple[int, int]:
+        layout = self.layout
+        if layout.bits is None:
+            return layout.stream or 0, 0
+        groups = self.out_features * -(-free_columns // layout.group)
+        return -(-self.out_features * free_columns * layout.bits // 8), -(-groups * layout.bits // 8)
 
     @classmethod
     def pack(
@@ -97,10 +132,11 @@ class LowRankSparseLinear(nn.Module):
         transposed: bool = False,
     ) -> "LowRankSparseLinear":
         """Cast a decomposition to its stored form, once."""
+        stored_codes, coded = _store_codes(found.codes)
         layout = LayerFormat(
             rank=found.rank, columns=plan.columns, rows=plan.rows, entries=plan.entries,
             pivoted=plan.pivoted, bias=bias_O is not None, added_bias=plan.bias,
-            transposed=transposed,
+            transposed=transposed, **coded,
         )  # fmt: skip
         packed = cls(Shape(*found.shape), layout, dtype)
         if plan.pivoted:
@@ -111,10 +147,10 @@ class LowRankSparseLinear(nn.Module):
         stored: dict[str, Tensor | None] = {
             "weight": first, "coefficients": second, "pivots": pivots, "columns": found.columns_K,
             "column_values": found.column_values_OK, "rows": found.rows_P, "row_values": found.row_values_PI,
-            "bias": bias_O,
+            "bias": bias_O, **stored_codes,
         }  # fmt: skip
         if found.mask_OK is not None:
-            stored["mask"] = _pack_bits(found.mask_OK)
+            stored["mask"] = pack_bits(found.mask_OK)
             stored["entries"] = found.column_values_OK[found.mask_OK]
         with torch.no_grad():
             for name, parameter in packed.named_parameters():
@@ -124,9 +160,20 @@ class LowRankSparseLinear(nn.Module):
                 parameter.copy_(value)
         return packed
 
+    @property
+    def code_bytes(self) -> int:
+        """Bytes of codes with their steps, or scales and zeros."""
+        parts = (self.codes, self.steps, self.scales, self.zeros)
+        return sum(part.nbytes for part in parts if part is not None)
+
     def forward(self, x: Tensor) -> Tensor:
-        low = self._free_rows(linear(self._free_columns(x), self.weight))
-        y = self._with_kept_rows(low, x)
+        free = self._free_columns(x)
+        if self.codes is None:
+            y = self._with_kept_rows(self._free_rows(linear(free, self.weight)), x)
+        else:
+            y = self._coded(free)
+            if self.layout.rank:
+                y = y + self._free_rows(linear(free, self.weight))
         if self.column_values is not None:
             assert self.columns is not None
             y = y + linear(x[..., self.columns.long()], self.column_values)
@@ -139,6 +186,8 @@ class LowRankSparseLinear(nn.Module):
         """L + S as one (O, I) matrix, summed in float32."""
         if self.weight.is_meta:
             raise RuntimeError("weights are offloaded; export with `lrsd export --dense` instead")
+        if self.codes is not None and not self.layout.rank and not self.layout.columns:
+            return self._decoded().dense().to(dtype)
         identity = torch.eye(self.in_features, dtype=torch.float32, device=self.weight.device)
         in_float = LowRankSparseLinear(Shape(self.out_features, self.in_features), self.layout, torch.float32)
         in_float.load_state_dict(self.state_dict())
@@ -177,16 +226,79 @@ class LowRankSparseLinear(nn.Module):
         assert self.row_values is not None
         return _interleave(linear(x, self.row_values), low, self.rows)
 
+    def _coded(self, x: Tensor) -> Tensor:
+        """Q x on the free columns. Steps go onto x: codes are small integers, exact in 16 bit."""
+        if self.steps is not None:
+            steps = lattice_steps(self.steps, self.layout.exponent)
+            return linear(x * steps.to(x.dtype), self.integer_codes().to(x.dtype))
+        return linear(x, self._grid().dense().to(x.dtype))
+
+    def integer_codes(self) -> Tensor:
+        """Q (O, C) as int8 where it fits, else int16 or int32; decoded once and kept.
+
+        Raises: CheckpointError for a damaged stream.
+        """
+        assert self.codes is not None
+        if self._integers is None or self._integers.device != self.codes.device:
+            columns = self.weight.shape[1]
+            if self.steps is None:
+                assert self.layout.bits is not None
+                flat = unpack_codes(self.codes, self.layout.bits, self.out_features * columns)
+                codes_OC = flat.view(self.out_features, columns)
+            else:
+                try:
+                    sorted_CO = entropy_decode(self.codes, self.out_features * columns).view(columns, -1)
+                except ValueError as error:
+                    raise CheckpointError(f"packed layer of {self.layout}: {error}") from error
+                codes_OC = sorted_CO[self.steps.argsort(stable=True).argsort()].T
+            self._integers = codes_OC.to(_narrowest(codes_OC)).contiguous()
+        return self._integers
+
+    def _grid(self) -> GridCodes:
+        assert self.scales is not None
+        assert self.zeros is not None
+        assert self.layout.bits is not None
+        zeros = unpack_codes(self.zeros, self.layout.bits, self.scales.numel()).view_as(self.scales)
+        return GridCodes(self.integer_codes(), self.scales, zeros, self.layout.bits, self.layout.group)
+
+    def _decoded(self) -> LatticeCodes | GridCodes:
+        if self.steps is None:
+            return self._grid()
+        return LatticeCodes(self.integer_codes().int(), self.steps, self.layout.exponent)
+
     def _masked_values(self) -> Tensor:
         assert self.mask is not None
         assert self.entries is not None
-        mask_OK = _unpack_bits(self.mask, self.out_features * self.layout.columns)
+        mask_OK = unpack_bits(self.mask, self.out_features * self.layout.columns)
         values_OK = self.entries.new_zeros(mask_OK.shape)
         values_OK[mask_OK] = self.entries
         return values_OK.view(self.out_features, self.layout.columns)
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, {self.layout}"
+
+
+def _store_codes(codes: LatticeCodes | GridCodes | None) -> tuple[dict[str, Tensor], dict[str, int]]:
+    """Integer codes as the layer's parameters, and what its format says of them."""
+    if isinstance(codes, LatticeCodes):
+        columns_first = codes.codes_OI.T[codes.offsets_I.argsort(stable=True)]
+        stream = entropy_encode(columns_first)
+        tensors = {"codes": stream, "steps": codes.offsets_I}
+        return tensors, {"stream": stream.numel(), "exponent": codes.exponent}
+    if isinstance(codes, GridCodes):
+        tensors = {
+            "codes": pack_codes(codes.codes_OI, codes.bits),
+            "scales": codes.scales_OG,
+            "zeros": pack_codes(codes.zeros_OG, codes.bits),
+        }
+        return tensors, {"bits": codes.bits, "group": codes.group}
+    return {}, {}
+
+
+def _narrowest(codes: Tensor) -> torch.dtype:
+    low, high = int(codes.min()), int(codes.max())
+    kinds = (torch.int8, torch.int16, torch.int32)
+    return next(kind for kind in kinds if torch.iinfo(kind).min <= low and high <= torch.iinfo(kind).max)
 
 
 def _index_dtype(size: int) -> torch.dtype:
@@ -203,15 +315,3 @@ def _interleave(chosen: Tensor, others: Tensor, indices: Tensor) -> Tensor:
     merged[..., indices.long()] = chosen
     merged[..., complement(indices, size)] = others
     return merged
-
-
-def _pack_bits(mask: Tensor) -> Tensor:
-    """Booleans to bytes, first one in the lowest bit; uint8 (ceil(n / 8),)."""
-    flat = mask.flatten()
-    bits = pad(flat, (0, -flat.numel() % 8)).view(-1, 8).to(torch.int32)
-    return (bits << torch.arange(8, device=mask.device)).sum(1).to(torch.uint8)
-
-
-def _unpack_bits(packed: Tensor, size: int) -> Tensor:
-    bits = (packed.int()[:, None] >> torch.arange(8, device=packed.device)) & 1
-    return bits.flatten()[:size].bool()

@@ -1,7 +1,9 @@
 """Who gets how many bytes: error curves and a budget in, a plan out. The only place that counts bytes.
 
-Bytes are those of 16-bit values, indices and bit masks as `model.linear` stores them; a weight left
-dense costs O x I values. Biases the model already had stand on neither side of the ratio.
+Bytes are those of 16-bit values, integer codes with their steps or scales, indices and bit masks as
+`model.linear` stores them; a weight left dense costs O x I values. Biases the model already had stand
+on neither side of the ratio. What entropy-coded codes take is known only once a layer is rounded: until
+then a plan holds the bytes predicted, and the fit steers towards their sum.
 """
 
 import heapq
@@ -31,12 +33,26 @@ class Shape:
 
 
 @dataclass(frozen=True)
+class Codes:
+    """The base tier of S: integer codes for every column that is not kept at 16 bit.
+
+    bits: width of a code; None: entropy coded, on a lattice of `step` (see `quantize`). group: columns
+    that share a scale and a zero, at a fixed width. nbytes: of codes, steps, scales and zeros together.
+    """
+
+    nbytes: int
+    bits: int | None = None
+    group: int = 0
+    step: float = 0.0
+
+
+@dataclass(frozen=True)
 class LayerPlan:
     """One layer's point of the family. rank None: the weight stays dense.
 
     entries: stored values of a thresholded S, counted over all kept columns; None: columns are whole.
-    pivoted: factors on pivot rows, r(O + I - r) numbers, instead of r(O + I).
-    error: the relative output error predicted for it.
+    pivoted: factors on pivot rows, r(O + I - r) numbers, instead of r(O + I). codes: the columns beside
+    the kept ones as integers, on top of L. error: the relative output error predicted for it.
     """
 
     rank: int | None
@@ -46,6 +62,7 @@ class LayerPlan:
     pivoted: bool = True
     bias: bool = False
     error: float = 0.0
+    codes: Codes | None = None
 
     @property
     def is_dense(self) -> bool:
@@ -64,11 +81,17 @@ class LayerPlan:
         indices = index_bytes(shape.in_features) * (0 if self.every_column(shape) else self.columns)
         indices += index_bytes(shape.out_features) * (self.rows + (self.rank if self.pivoted else 0))
         mask = -(-self.columns * shape.out_features // 8) if thresholded else 0
-        return VALUE_BYTES * values + indices + mask
+        return VALUE_BYTES * values + indices + mask + (self.codes.nbytes if self.codes else 0)
 
     def every_column(self, shape: Shape) -> bool:
         """S spans all columns (unstructured S), so that no column index is stored."""
         return self.columns == shape.in_features
+
+
+def grid_bytes(out_features: int, columns: int, bits: int, group: int) -> int:
+    """Bytes of fixed-width codes for `columns` columns, their 16-bit scales and their zeros."""
+    groups = out_features * -(-columns // group)
+    return -(-out_features * columns * bits // 8) + VALUE_BYTES * groups + -(-groups * bits // 8)
 
 
 def index_bytes(size: int) -> int:
@@ -93,12 +116,14 @@ class Support:
 
 @dataclass(frozen=True)
 class LayerCurve:
-    """Everything one layer offers: its shape and one error curve per support size."""
+    """Everything one layer offers: its shape, one error curve per support size at 16 bit, and the
+    points with integer codes."""
 
     shape: Shape
     supports: tuple[Support, ...]
     pivoted: bool = True
     bias: bool = False
+    coded: tuple[LayerPlan, ...] = ()
 
     def plan(self, support: Support, rank: int) -> LayerPlan:
         return LayerPlan(
@@ -111,8 +136,8 @@ class LayerCurve:
         return LayerPlan(None, error=0.0)
 
     def support_of(self, plan: LayerPlan) -> Support | None:
-        """The support a plan was made from; None for the dense weight."""
-        if plan.rank is None:
+        """The support a plan was made from; None for the dense weight and for codes."""
+        if plan.rank is None or plan.codes is not None:
             return None
         return next(s for s in self.supports if (s.columns, s.rows) == (plan.columns, plan.rows))
 
@@ -125,13 +150,14 @@ class LayerCurve:
                 plan = self.plan(support, rank)
                 if plan.nbytes(self.shape) < self.shape.dense_bytes:
                     yield plan
+        yield from (plan for plan in self.coded if plan.nbytes(self.shape) < self.shape.dense_bytes)
         yield self.dense
 
     def best_within(self, budget: float) -> LayerPlan | None:
         """The offer of least error in at most `budget` bytes, to the single rank."""
         if budget >= self.shape.dense_bytes:
             return self.dense
-        fitting = []
+        fitting = [plan for plan in self.coded if plan.nbytes(self.shape) <= budget]
         for support in self.supports:
             ranks = range(0 if support.columns or support.rows else 1, support.errors_R.numel())
             low, high = ranks.start - 1, ranks.stop - 1
@@ -142,6 +168,19 @@ class LayerCurve:
             if low >= ranks.start:
                 fitting.append(self.plan(support, low))
         return min(fitting, key=lambda plan: plan.error, default=None)
+
+    def next_larger(self, plan: LayerPlan) -> LayerPlan | None:
+        """One rank more beside the same support, or the next finer codes; the dense weight at the end."""
+        if plan.rank is None:
+            return None
+        larger = self.dense
+        if plan.codes is not None:
+            size = plan.nbytes(self.shape)
+            finer = [p for p in self.coded if p.nbytes(self.shape) > size and p.error < plan.error]
+            larger = min(finer, key=lambda p: p.nbytes(self.shape), default=self.dense)
+        elif (support := self.support_of(plan)) and plan.rank + 1 < support.errors_R.numel():
+            larger = self.plan(support, plan.rank + 1)
+        return larger if larger.nbytes(self.shape) < self.shape.dense_bytes else self.dense
 
 
 Plan = dict[str, LayerPlan]
@@ -246,21 +285,16 @@ def fill(
     budget: int,
     weights: Mapping[str, float],
 ) -> Plan:
-    """Land on the budget: add single ranks where they gain most per byte until none fits."""
+    """Land on the budget: the smallest steps up where they gain most per byte, until none fits."""
     filled = dict(plan)
     spare = budget - plan_bytes(filled, curves)
     heap: list[tuple[float, str, int, LayerPlan]] = []
 
     def offer(name: str) -> None:
         layer, curve = filled[name], curves[name]
-        support = curve.support_of(layer)
-        if layer.rank is None or support is None:
+        larger = curve.next_larger(layer)
+        if larger is None:
             return
-        larger = (
-            curve.plan(support, layer.rank + 1) if layer.rank + 1 < support.errors_R.numel() else curve.dense
-        )
-        if larger.nbytes(curve.shape) >= curve.shape.dense_bytes:
-            larger = curve.dense
         cost = larger.nbytes(curve.shape) - layer.nbytes(curve.shape)
         if 0 < cost <= spare:
             heapq.heappush(heap, (-weights[name] * (layer.error - larger.error) / cost, name, cost, larger))
@@ -299,6 +333,6 @@ def _unreachable(curves: Mapping[str, LayerCurve], budget: int) -> BudgetError:
     smallest = sum(min(size for size, _ in _sized(curve)) for curve in curves.values())
     total = dense_bytes(curves)
     return BudgetError(
-        f"ratio {total / budget:.4g}x leaves {budget:,} bytes for the linear weights, but rank 1 in every "
-        f"layer already takes {smallest:,}; try a ratio below {total / smallest:.3g}x"
+        f"ratio {total / budget:.4g}x leaves {budget:,} bytes for the linear weights, but the smallest form "
+        f"of every layer already takes {smallest:,}; try a ratio below {total / smallest:.3g}x"
     )

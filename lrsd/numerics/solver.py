@@ -1,5 +1,6 @@
 """One weight into low rank plus column-structured sparse: W ~ L + S."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +8,7 @@ from torch import Tensor
 
 from lrsd.numerics.lowrank import best_low_rank, complement, ridged_cholesky
 from lrsd.numerics.moments import energy
+from lrsd.numerics.quantize import Feedback, GridCodes, LatticeCodes, feedback
 from lrsd.numerics.structured import (
     column_energies,
     fit_beside_columns,
@@ -24,7 +26,8 @@ class Decomposition:
 
     U_FR (F, r), V_RC (r, C); columns_K, rows_P: kept input columns / output rows, ascending int64,
     never both; values: S on them, (O, K) or (P, I). mask_OK marks the stored entries of a
-    thresholded S. error: tr((W - L - S) G (W - L - S)^T) / tr(W G W^T) against the target fitted.
+    thresholded S. codes: integers for all free columns, on top of L.
+    error: tr((W - L - S) G (W - L - S)^T) / tr(W G W^T) against the target fitted.
     history: that error after each alternation. status: "exact" for a closed form, "best of n"
     for an alternation.
     """
@@ -40,6 +43,7 @@ class Decomposition:
     error: float
     history: tuple[float, ...]
     status: str
+    codes: LatticeCodes | GridCodes | None = None
 
     @property
     def rank(self) -> int:
@@ -53,6 +57,8 @@ class Decomposition:
         thresholded = self.mask_OK is not None  # then L spans all columns
         free_C = complement(self.columns_K[:0] if thresholded else self.columns_K, in_features)
         W_OI[free_F[:, None], free_C] = self.U_FR @ self.V_RC
+        if self.codes is not None:
+            W_OI[:, free_C] += self.codes.dense().to(W_OI.dtype)
         W_OI[:, self.columns_K] += self.column_values_OK
         W_OI[self.rows_P] = self.row_values_PI
         return W_OI
@@ -138,6 +144,53 @@ def decompose_thresholded(
                 (out_features, in_features), U_OR, V_RI, kept_K, S_OI[:, kept_K], none, W_OI[none],
                 mask_OK=mask_OK, error=error, history=(), status=f"best of {iterations}",
             )  # fmt: skip
+    assert best is not None, "iterations is validated to be at least 1"
+    return replace(best, history=tuple(history))
+
+
+def decompose_coded(
+    W_OI: Tensor,
+    gram_II: Tensor,
+    quantise: Callable[[Tensor, Feedback], LatticeCodes | GridCodes],
+    *,
+    rank: int = 0,
+    columns: int = 0,
+    iterations: int = 1,
+    carry: Feedback | None = None,
+) -> Decomposition:
+    """Low rank plus kept columns plus integer codes Q for the other columns, by alternation.
+
+    Q-step: round W - L with error feedback in the metric that is left once the kept columns are free;
+    L-step: best low rank of W - Q, so that L is always the optimum for the codes it is stored with;
+    S on the kept columns in closed form at the end. Without a rank there is nothing to alternate.
+    The best iterate is returned, the error of each recorded in `history`.
+
+    Args: quantise(W_OC, feedback) -> codes; carry: feedback of `gram_II`, if at hand.
+    Source: the alternation of LoSparse and SSD with rounding for S; rounding: GPTQ (ICLR 2023).
+    """
+    none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
+    columns_K = column_energies(W_OI, gram_II).topk(columns).indices.sort().values if columns else none
+    split = split_columns(gram_II, columns_K)
+    if carry is None or columns:
+        carry = feedback(split.schur_CC)
+    W_OC = W_OI[:, split.free_C]
+    U_OR, V_RC = best_low_rank(W_OC, split.schur_CC, rank) if rank else (W_OC[:, :0], W_OC[:0])
+    best: Decomposition | None = None
+    history: list[float] = []
+    for _ in range(iterations if rank else 1):
+        codes = quantise(W_OC - U_OR @ V_RC, carry)
+        Q_OC = codes.dense().to(W_OI.dtype)
+        if rank:
+            U_OR, V_RC = best_low_rank(W_OC - Q_OC, split.schur_CC, rank)
+        lost_OC = W_OC - U_OR @ V_RC - Q_OC
+        found = Decomposition(
+            (W_OI.shape[0], W_OI.shape[1]), U_OR, V_RC, columns_K,
+            W_OI[:, columns_K] + lost_OC @ split.regression_KC.T, none, W_OI[none],
+            mask_OK=None, error=0.0, history=(), status="rounded", codes=codes,
+        )  # fmt: skip
+        history.append(relative_error(W_OI, found.dense(), gram_II))
+        if best is None or history[-1] < best.error:
+            best = replace(found, error=history[-1])
     assert best is not None, "iterations is validated to be at least 1"
     return replace(best, history=tuple(history))
 

@@ -30,13 +30,18 @@ RECIPE_NAME = "recipe.json"
 class LayerRecord:
     """One linear weight in the manifest. error: measured relative output error against its target.
 
-    rank None: the weight stayed dense. blend: how far its target moved from its own weight towards
+    rank None: the weight stayed dense. coding: "entropy" or "fixed" codes, with the width and group of
+    the latter and the step of the former. blend: how far its target moved from its own weight towards
     the one that makes up for the compressed prefix. status: of the solver.
     """
 
     out_features: int
     in_features: int
     rank: int | None
+    coding: str | None
+    code_bits: int | None
+    group: int
+    step: float
     columns: int
     rows: int
     entries: int | None

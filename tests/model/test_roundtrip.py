@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,18 +23,26 @@ from lrsd.model.replay import Replay
 from lrsd.storage.checkpoint import Manifest, export_dense, read_manifest, shard_paths, stored_bytes
 
 RECIPES: dict[str, dict[str, Any]] = {
-    "lrsd": {},
-    "no propagation": {"propagate": False, "allocation": "kl"},
-    "columns": {"structure": "column", "allocation": "uniform"},
-    "rows": {"structure": "row", "allocation": "uniform"},
-    "unstructured": {"structure": "unstructured", "allocation": "energy"},
-    "mean correction": {"mean_correction": True, "allocation": "uniform"},
+    "lrsd": {"bits": "16"},
+    "no propagation": {"bits": "16", "propagate": False, "allocation": "kl"},
+    "columns": {"bits": "16", "structure": "column", "allocation": "uniform"},
+    "rows": {"bits": "16", "structure": "row", "allocation": "uniform"},
+    "unstructured": {"bits": "16", "structure": "unstructured", "allocation": "energy"},
+    "mean correction": {"bits": "16", "mean_correction": True, "allocation": "uniform"},
     "ssd": {"method": "ssd"},
     "svd-llm": {"method": "svd-llm"},
-    "fixed rank": {"rank": 12, "structure": "none"},
-    "gpt2": {"allocation": "uniform"},
-    "gpt2 mean correction": {"mean_correction": True, "allocation": "uniform"},
-    "tied": {"allocation": "uniform"},
+    "fixed rank": {"bits": "16", "rank": 12, "structure": "none"},
+    "gpt2": {"bits": "16", "allocation": "uniform"},
+    "gpt2 mean correction": {"bits": "16", "mean_correction": True, "allocation": "uniform"},
+    "tied": {"bits": "16", "allocation": "uniform"},
+    "entropy": {},
+    "entropy rank": {"rank": 5, "propagate": False},
+    "entropy mean correction": {"mean_correction": True},
+    "gpt2 entropy": {"rank": 3},
+    "fixed widths": {"coding": "fixed"},
+    "four bits": {"bits": "4", "group": 24},
+    "gptq": {"method": "gptq"},
+    "column pruning": {"method": "columns"},
 }
 RATIO = 1.6
 
@@ -89,7 +98,7 @@ def compressed(
 def one(bases: dict[str, Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Compressed:
     """A single run with columns, for the tests that need no more than one."""
     output = tmp_path_factory.mktemp("compressed") / "out"
-    settings = CompressionSettings(ratio=RATIO, structure="column", allocation="uniform")
+    settings = CompressionSettings(ratio=RATIO, bits="16", structure="column", allocation="uniform")
     return Compressed(
         bases["llama"], output, compress(str(bases["llama"]), output, settings, calibration(text_file))
     )
@@ -137,8 +146,47 @@ def reconstruct(tensors: dict[str, Tensor], entry: dict[str, Any], shape: tuple[
         S = torch.zeros(out_features * len(kept), dtype=torch.float64)
         S[bits[: len(S)].bool()] = stored["entries"]
         W[:, kept] += S.view(out_features, len(kept))
+    if "codes" in stored:
+        W[:, free_columns] += integers(tensors, entry, out_features, len(free_columns))
     assert set(entry) >= {"rank"}
     return W
+
+
+def integers(tensors: dict[str, Tensor], entry: dict[str, Any], rows: int, columns: int) -> Tensor:
+    """The coded tier in float64, decoded bit by bit from its documented layout."""
+    data = bytes(tensors["codes"].tolist())
+    if "bits" in entry:
+        bits, group = entry["bits"], entry["group"]
+        codes = unpacked(data, bits, rows * columns).view(rows, columns)
+        scales = tensors["scales"].double()
+        zeros = unpacked(bytes(tensors["zeros"].tolist()), bits, scales.numel()).view_as(scales)
+        owner = torch.arange(columns) // group
+        return (codes - zeros[:, owner]) * scales[:, owner]
+    together, split, length = data[0], data[1], int.from_bytes(data[2:6], "little")
+    levels = {1: 256, 2: 15, 3: 6, 4: 4}[together]
+    count, data = rows * columns, data[6:]
+    low, data = unpacked(data, split, count), data[-(-count * split // 8) :]
+    digits = [s // levels**i % levels for s in zlib.decompress(data[:length], -15) for i in range(together)]
+    escapes = data[length:]
+    high = digits[:count]
+    escaped = [i for i, digit in enumerate(high) if digit == levels - 1]
+    exponents = unpacked(escapes, 5, len(escaped)).int().tolist()
+    raw = int.from_bytes(escapes[-(-5 * len(escaped) // 8) :], "little")
+    for i, exponent in zip(escaped, exponents, strict=True):
+        high[i] += (1 << exponent) - 1 + (raw & ((1 << exponent) - 1))
+        raw >>= exponent
+    zigzag = [(h << split) + int(bits) for h, bits in zip(high, low.tolist(), strict=True)]
+    codes = torch.tensor([-(u + 1) // 2 if u % 2 else u // 2 for u in zigzag], dtype=torch.float64)
+    steps = tensors["steps"].tolist()
+    order = sorted(range(columns), key=lambda j: (steps[j], j))
+    W = torch.zeros(rows, columns, dtype=torch.float64)
+    W[:, order] = codes.view(columns, rows).T
+    return W * torch.tensor([2.0 ** ((entry.get("exponent", 0) + step) / 8) for step in steps])
+
+
+def unpacked(data: bytes, bits: int, count: int) -> Tensor:
+    number = int.from_bytes(data, "little")
+    return torch.tensor([number >> (bits * i) & ((1 << bits) - 1) for i in range(count)], dtype=torch.float64)
 
 
 def rebuilt(run: Compressed, dtype: torch.dtype) -> PreTrainedModel:
@@ -292,7 +340,7 @@ def test_mean_correction_leaves_no_error_in_the_mean(
     for corrected in (False, True):
         output = tmp_path / str(corrected)
         settings = CompressionSettings(
-            ratio=RATIO, allocation="uniform", propagate=False, mean_correction=corrected
+            ratio=RATIO, bits="16", allocation="uniform", propagate=False, mean_correction=corrected
         )
         compress(str(bases[family]), output, settings, text)
         dense, packed = (
@@ -323,7 +371,7 @@ def mean_offsets(dense: PreTrainedModel, packed: PreTrainedModel, blocks: Tensor
 
 
 def test_a_tied_head_stays_tied(bases: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
-    settings = CompressionSettings(ratio=RATIO, allocation="uniform", structure="none")
+    settings = CompressionSettings(ratio=RATIO)
     compress(str(bases["tied"]), tmp_path / "out", settings, calibration(text_file))
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
@@ -397,7 +445,7 @@ def test_a_sharded_checkpoint_counts_and_exports_like_a_single_file(
 
 def test_one_seed_gives_byte_identical_files(one: Compressed, text_file: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    settings = CompressionSettings(ratio=RATIO, structure="column", allocation="uniform")
+    settings = CompressionSettings(ratio=RATIO, bits="16", structure="column", allocation="uniform")
     compress(str(one.base), again, settings, calibration(text_file))
     names = {path.name for path in one.directory.iterdir()}
     assert names == {path.name for path in again.iterdir()}
