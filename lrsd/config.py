@@ -80,8 +80,8 @@ class CompressionSettings:
             raise SettingsError("method gptq rounds to 2 to 8 bit; leave out --bits 16")
         if self.entropy_coded and self.structure not in ("auto", "none"):
             raise SettingsError(
-                f"structure {self.structure} keeps channels at 16 bit, which entropy-coded weights have no use "
-                "for; add --bits 16, or --coding fixed"
+                f"structure {self.structure} keeps channels at 16 bit, of no use to entropy-coded weights; "
+                "add --bits 16, or --coding fixed"
             )
         if self.rank is not None:
             _at_least("rank", self.rank, 0 if self.entropy_coded else 1)

@@ -30,6 +30,8 @@ from lrsd.survey import HELD_OUT, Survey, metric
 
 # Tries at the last layer's step: bisection to less than its share of the slack takes about ten.
 _STEP_TRIALS = 30
+# Octaves beyond which no step changes the bytes any more.
+_STEP_REACH = 16
 
 
 @dataclass(frozen=True)
@@ -325,6 +327,8 @@ def _within(
             reach *= 2
         else:
             octaves = (low + high) / 2
+        if abs(octaves) > _STEP_REACH:
+            break
     if best is None:
         raise BudgetError(
             f"entropy-coded layers came out larger than predicted and the last one cannot make up for it: "

@@ -41,8 +41,8 @@ def layer_table(manifest: Manifest) -> str:
         bits = 8 * layer.bytes / (layer.out_features * layer.in_features)
         rows.append(
             f"{name:<40} {layer.out_features:>5}x{layer.in_features:<5} {rank:>5} {layer.columns:>5} "
-            f"{layer.rows:>5} {_codes(layer):>7} {bits:>5.2f} {layer.bytes / 1e3:>7.1f} {layer.dense_bytes / layer.bytes:>6.3f} "
-            f"{layer.error:>8.2e} {layer.blend:>5.2f}  {layer.status}"
+            f"{layer.rows:>5} {_codes(layer):>7} {bits:>5.2f} {layer.bytes / 1e3:>7.1f} "
+            f"{layer.dense_bytes / layer.bytes:>6.3f} {layer.error:>8.2e} {layer.blend:>5.2f}  {layer.status}"
         )
     return "\n".join(rows)
 

@@ -1,7 +1,7 @@
 """What compression needs to know of a model before it decides anything: curves and sensitivities."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -56,20 +56,27 @@ def survey_model(
     tokens: Tensor,
     settings: CompressionSettings,
     progress: Callable[[str], None] = lambda block: None,
+    moments: Mapping[str, Moments] | None = None,
+    sensitivity: Mapping[str, float] | None = None,
 ) -> Survey:
     """One dense pass, block by block: moments per input group, error curves, sensitivities.
 
     Args: stream: hidden states entering block 0 per batch; tokens: (samples, seqlen) that the
-        probes are cut from.
+        probes are cut from; moments, sensitivity: of an earlier survey of the same model and text,
+        which spare the pass and the probes.
     """
     layout = replay.layout
-    probe = Probe(replay.model, layout, tokens) if needs_sensitivity(settings) else None
-    moments: dict[str, Moments] = {}
+    probing = sensitivity is None and needs_sensitivity(settings)
+    probe = Probe(replay.model, layout, tokens) if probing else None
+    gathered: dict[str, Moments] = {}
     curves: dict[str, LayerCurve] = {}
-    sensitivity: dict[str, float] = {}
+    measured: dict[str, float] = {}
     for index, block in enumerate(layout.blocks):
-        found, stream = block_moments(replay, index, stream)
-        moments |= found
+        if moments is None:
+            found, stream = block_moments(replay, index, stream)
+        else:
+            found = {group.name: moments[group.name] for group in block.groups}
+        gathered |= found
         for group in block.groups:
             gram_II = metric(settings, found[group.name])
             check_finite(f"the input of {group.name}", gram_II)
@@ -86,12 +93,13 @@ def survey_model(
                     perturb = partial(_truncated, spec, W_OI, whole)
                 if probe:
                     perturbations.append(perturb(curves[spec.name], settings))
-            sensitivity |= probe.measure(perturbations) if probe else {}
+            measured |= probe.measure(perturbations) if probe else {}
         if probe:
             probe.advance()
         progress(block.name)
     unmeasured = 0.0 if probe else 1.0
-    return Survey(moments, curves, {name: sensitivity.get(name, unmeasured) for name in curves})
+    weights = measured if sensitivity is None else sensitivity
+    return Survey(gathered, curves, {name: weights.get(name, unmeasured) for name in curves})
 
 
 def needs_sensitivity(settings: CompressionSettings) -> bool:

@@ -5,6 +5,7 @@ import json
 import shutil
 import tempfile
 import time
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,20 @@ import torch
 from find_model import find_model
 from transformers import PreTrainedModel
 
-from lrsd.compress import compress
+from lrsd.compress import calibration_tokens, compress
 from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.data import read_text, tokenize
 from lrsd.evaluate import divergence, evaluation_windows, perplexity
-from lrsd.model.load import load_model
+from lrsd.fit import fit_blocks
+from lrsd.model.layout import find_layout
+from lrsd.model.load import fingerprint, load_model
+from lrsd.model.replay import Replay
+from lrsd.numerics.allocate import dense_bytes
+from lrsd.numerics.moments import Moments
+from lrsd.plan import choose_plan
 from lrsd.progress import Progress
 from lrsd.storage.checkpoint import stored_bytes
+from lrsd.survey import block_moments, needs_sensitivity, survey_model
 
 
 class Log(Progress):
@@ -111,6 +119,10 @@ class Bench:
         self._add(row)
         return row
 
+    def share_survey(self) -> "SharedSurvey":
+        """One dense pass over the calibration text, for any number of `SharedSurvey.run`."""
+        return SharedSurvey(self)
+
     def _add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
@@ -131,3 +143,48 @@ class Bench:
             )
             lines.append(f"| {row['name']} | {measured} |")
         return "\n".join(lines)
+
+
+class SharedSurvey:
+    """Moments and, per kind of rounding, sensitivities of one model: variants of a method share them."""
+
+    def __init__(self, bench: Bench) -> None:
+        self.bench = bench
+        self.model = deepcopy(bench.dense.model)
+        self.layout = find_layout(self.model)
+        identity = fingerprint(self.model)
+        with torch.inference_mode():
+            self.tokens = calibration_tokens(bench.dense, identity, bench.calibration, Progress())
+        self.moments: dict[str, Moments] = {}
+        self.sensitivity: dict[tuple[Any, ...], dict[str, float]] = {}
+        with torch.inference_mode():
+            replay, self.stream = Replay.start(self.model, self.layout, self.tokens.split(8))
+            stream = self.stream
+            for index in range(len(self.layout.blocks)):
+                found, stream = block_moments(replay, index, stream)
+                self.moments |= found
+
+    @torch.inference_mode()
+    def run(self, name: str, settings: CompressionSettings, counted: float = 1.0) -> dict[str, Any]:
+        """Plan and fit on a fresh copy of the model, then measure it.
+
+        counted: bytes reported per byte of the plan, for a bound on a method that is not built.
+        """
+        start = time.perf_counter()
+        model = deepcopy(self.model)
+        replay, _ = Replay.start(model, self.layout, self.tokens.split(8))
+        kind = (settings.ratio, settings.bits, settings.coding, settings.method)
+        survey = survey_model(
+            replay, self.stream, self.tokens, settings,
+            moments=self.moments, sensitivity=self.sensitivity.get(kind),
+        )  # fmt: skip
+        if needs_sensitivity(settings):
+            self.sensitivity[kind] = survey.sensitivity
+        budget = int(dense_bytes(survey.curves) / settings.ratio)
+        plan, _, chosen = choose_plan(replay, survey, self.tokens, budget, settings, Progress())
+        fitted = fit_blocks(replay, self.stream, survey, plan, budget, settings, Progress())
+        taken = sum(fitted[n].plan.nbytes(curve.shape) for n, curve in survey.curves.items())
+        return self.bench.add(
+            name, model, int(taken * counted), int(budget * counted),
+            seconds=time.perf_counter() - start, allocation=chosen, ratio=settings.ratio / counted,
+        )  # fmt: skip

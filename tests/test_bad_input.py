@@ -488,7 +488,7 @@ CASES: list[tuple[str, Case, str, int]] = [
     ("negative seed", option("--seed", -1), "seed must be at least 0", 2),
     ("samples in words", option("--samples", "many"), "not a valid integer", 2),
     ("rank in words", option("--rank", "high"), "auto, energy or a whole number", 2),
-    ("rank 0", option("--rank", 0), "rank must be at least 1", 2),
+    ("rank 0 at 16 bit", option("--rank", 0, "--bits", 16), "rank must be at least 1", 2),
     ("unknown device", option("--device", "abacus"), "abacus", 1),
     ("absent device", option("--device", "cuda:99"), "cuda:99", 1),
     ("no recipe", option("--recipe", "nowhere.toml"), "nowhere.toml", 2),

@@ -118,7 +118,8 @@ def test_bytes_are_within_the_budget_and_as_planned(
     assert plan["planned_bytes"] <= plan["budget_bytes"] == int(plan["dense_linear_bytes"] / 1.25)
 
     manifest = json.loads(run("inspect", compressed, "--json").stdout)
-    assert manifest["linear_bytes"] == plan["planned_bytes"]
+    # The size of entropy-coded layers is known only once they are rounded.
+    assert 0.999 * plan["budget_bytes"] <= manifest["linear_bytes"] <= plan["budget_bytes"]
     tensors = load_file(compressed / "model.safetensors")
     stored = sum(
         tensor.nbytes for name, tensor in tensors.items() if name.rpartition(".")[0] in manifest["layers"]
@@ -162,8 +163,8 @@ def test_recipe_of_a_checkpoint_makes_it_again(
 ) -> None:
     first, second = tmp_path / "first", tmp_path / "second"
     changed = (
-        "--method",
-        "lrsd",
+        "--bits",
+        "16",
         "--structure",
         "column",
         "--mean-correction",

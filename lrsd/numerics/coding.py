@@ -16,11 +16,11 @@ from torch.nn.functional import pad
 # Codes per symbol, and how many zigzagged values one of them can take; the last value is the escape.
 # The products stay within a byte.
 _LEVELS = {1: 256, 2: 15, 3: 6, 4: 4}
-# Mean zigzagged code above which several to a symbol cannot win, so that it is not tried.
-_GROUPING_LIMIT = 6.0
-# Mean zigzagged code down to which low bits are split off and kept raw: they are as good as random
+# Median zigzagged code above which several to a symbol cannot win, so that it is not tried.
+_GROUPING_LIMIT = 5
+# Median zigzagged code down to which low bits are split off and kept raw: they are as good as random
 # there, and what is left fits the symbols.
-_SPLIT_MEAN = 32
+_SPLIT_ABOVE = 16
 # In front of a stream: codes per symbol, raw low bits per code (a byte each), length of the DEFLATE
 # part (4 bytes, little endian).
 _HEADER = struct.Struct("<BBI")
@@ -39,9 +39,9 @@ def entropy_encode(codes: Tensor) -> Tensor:
     zigzag = torch.where(zigzag < 0, -2 * zigzag - 1, 2 * zigzag)
     if zigzag.numel() and int(zigzag.max()) >= 1 << 31:
         raise ValueError(f"codes must be below 2^30, got {int(codes.abs().max())}")
-    mean = float(zigzag.double().mean()) if zigzag.numel() else 0.0
-    split = max(0, math.floor(math.log2(mean / _SPLIT_MEAN))) if mean else 0
-    groupings = _LEVELS if mean < _GROUPING_LIMIT else (1,)
+    typical = int(zigzag.median()) if zigzag.numel() else 0  # a few giants must not move it
+    split = max(0, math.floor(math.log2(typical / _SPLIT_ABOVE))) if typical else 0
+    groupings = _LEVELS if typical < _GROUPING_LIMIT else (1,)
     streams = [_encode(zigzag, split, together) for together in groupings]
     return _from_bytes(min(streams, key=len)).to(codes.device)
 
@@ -62,7 +62,6 @@ def entropy_decode(stream: Tensor, count: int) -> Tensor:
     start = _HEADER.size + -(-count * split // 8)
     if len(data) < start:
         raise ValueError(f"entropy-coded stream is cut off after {len(data)} bytes")
-    low = unpack_codes(_from_bytes(data[_HEADER.size : start]), split, count)
     symbols = _inflate(data[start : start + length], -(-count // together))
     if bool((symbols.long() >= levels**together).any()):
         raise ValueError("entropy-coded stream is damaged: a symbol out of range")
@@ -70,6 +69,7 @@ def entropy_decode(stream: Tensor, count: int) -> Tensor:
     zigzag = (symbols.int()[:, None] // places % levels).flatten()[:count]
     escaped = zigzag == levels - 1
     zigzag[escaped] += _decode_integers(data[start + length :], int(escaped.sum()))
+    low = unpack_codes(_from_bytes(data[_HEADER.size : start]), split, count)
     zigzag = (zigzag << split) + low
     return ((zigzag >> 1) ^ -(zigzag & 1)).to(stream.device)
 

@@ -50,12 +50,11 @@ def feedback(gram_II: Tensor, damping: float = DAMPING) -> Feedback:
     scale = float(diagonal_I.mean()) or 1.0
     identity_II = torch.eye(gram_II.shape[0], dtype=gram_II.dtype, device=gram_II.device)
     while True:
-        factor_II, failed = torch.linalg.cholesky_ex(ordered_II + damping * scale * identity_II)
+        # With R R^T = G + damping and R upper triangular, U = R^-1: no explicit inverse of G is formed.
+        lower_II, failed = torch.linalg.cholesky_ex((ordered_II + damping * scale * identity_II).flip(0, 1))
         if not failed:
-            inverse_II = torch.cholesky_inverse(factor_II)
-            upper_II, failed = torch.linalg.cholesky_ex(inverse_II, upper=True)
-            if not failed:
-                return Feedback(order_I, upper_II.float())
+            upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
+            return Feedback(order_I, upper_II.float())
         assert damping < 1e3, "a finite positive semidefinite matrix factors long before"
         damping *= 10
 

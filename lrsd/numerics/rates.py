@@ -19,8 +19,8 @@ from lrsd.numerics.quantize import (
 )
 from lrsd.numerics.solver import decompose_coded
 
-# What the entropy coder takes beyond the entropy, in bits per weight, and its header in bytes.
-_CODER_BITS, _CODER_BYTES = 0.035, 6
+# What the entropy coder takes beyond the entropy, in bits per weight, and in bytes for its first table.
+_CODER_BITS, _CODER_BYTES = 0.03, 60
 # Finest and coarsest step of a ladder in weights' deviations: 14 bits per weight, and next to none.
 _FINEST, _COARSEST = -13, 3
 # Widest codes that are tried out; a bit more quarters the error.

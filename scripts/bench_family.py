@@ -1,0 +1,61 @@
+"""The default beside every corner of its family at the same bytes: one table, one plot.
+
+Corners: whitened SVD (SVD-LLM), column pruning, GPTQ, GPTQ with 16-bit outlier columns, and the source
+paper's method with 8-bit values. The last is a bound in its favour: SSD at half the ratio, its bytes counted
+half and its values taken as exact; at 2x and below that is the dense model in 8 bit, which is not run.
+GPTQ may mix widths from layer to layer where one width does not fill the bytes. Example:
+  python scripts/bench_family.py --calib wiki.valid.raw --eval wiki.test.raw --plot family.png
+"""
+
+from bench import Bench, parser
+
+from lrsd.config import CompressionSettings
+
+
+def main() -> None:
+    options = parser(__doc__ or "")
+    options.add_argument("--ratios", type=float, nargs="+", default=[1.5, 2, 3, 4, 16 / 3, 8])
+    options.add_argument("--plot", metavar="PNG")
+    args = options.parse_args()
+    bench = Bench(args)
+    bench.run_dense()
+    shared = bench.share_survey()
+    for ratio in args.ratios:
+        corners = {
+            "lrsd": CompressionSettings(ratio=ratio),
+            "GPTQ": CompressionSettings(ratio=ratio, method="gptq"),
+            "GPTQ + outlier columns": CompressionSettings(ratio=ratio, method="gptq", structure="column"),
+            "SVD-LLM": CompressionSettings(ratio=ratio, method="svd-llm"),
+            "column pruning": CompressionSettings(ratio=ratio, method="columns"),
+        }
+        for name, settings in corners.items():
+            shared.run(f"{ratio:.4g}x {name}", settings)
+        if ratio > 2:
+            ssd = CompressionSettings(ratio=ratio / 2, method="ssd")
+            shared.run(f"{ratio:.4g}x SSD, 8 bit (bound)", ssd, counted=0.5)
+    print(bench.table())
+    if args.plot:
+        plot(bench, args.plot)
+
+
+def plot(bench: Bench, path: str) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.subplots()
+    curves: dict[str, list[tuple[float, float]]] = {}
+    for row in bench.rows:
+        if "ratio" in row:
+            name = row["name"].partition(" ")[2]
+            curves.setdefault(name, []).append((16 / row["ratio"], row["perplexity"]))
+    for name, points in curves.items():
+        bits, scores = zip(*points, strict=True)
+        axes.plot(bits, scores, "o-", label=name)
+    axes.axhline(bench.rows[0]["perplexity"], color="gray", linestyle=":", label="dense")
+    axes.set(yscale="log", xlabel="bits per weight, all included", ylabel="perplexity")
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,205 @@
+"""Rounding: error feedback pays, the lattice is as cheap as theory says, degenerate layers are harmless."""
+
+import math
+from functools import partial
+
+import pytest
+import torch
+from layers import DEGENERATE, KINDS, RandomLayer, random_layer
+from torch import Tensor
+
+from lrsd.numerics.allocate import grid_bytes
+from lrsd.numerics.coding import entropy_encode
+from lrsd.numerics.moments import energy
+from lrsd.numerics.quantize import (
+    GridCodes,
+    LatticeCodes,
+    feedback,
+    gaussian_table,
+    lattice_steps,
+    round_columns,
+    round_to_grid,
+    round_to_lattice,
+)
+from lrsd.numerics.rates import lattice_plans, quantiser
+from lrsd.numerics.solver import decompose_coded, relative_error
+
+every_kind = pytest.mark.parametrize("kind", [*KINDS, *DEGENERATE])
+
+
+def typical_step(layer: RandomLayer, deviations: float) -> float:
+    """A step at which the middle column's weights have this deviation in steps."""
+    carry = feedback(layer.gram)
+    whitened_I = layer.W_OI.float().std(0)[carry.order_I] / carry.upper_II.diagonal()
+    return float(whitened_I.clamp(min=1e-9).log().mean().exp()) / deviations
+
+
+@every_kind
+@pytest.mark.parametrize("deviations", [0.3, 2, 30])
+def test_rounding_any_layer_gives_finite_weights_of_bounded_error(
+    generator: torch.Generator, kind: str, deviations: float
+) -> None:
+    layer = random_layer(generator, 40, 24, kind)
+    carry = feedback(layer.gram)
+    lattice = round_to_lattice(layer.W_OI, carry, typical_step(layer, deviations))
+    for codes in (lattice, round_to_grid(layer.W_OI, carry, 3, 7)):
+        assert codes.dense().isfinite().all()
+        assert layer.error(codes.dense().double()) <= 1.1
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_error_feedback_beats_rounding_each_weight_alone(generator: torch.Generator, kind: str) -> None:
+    layer = random_layer(generator, 64, 48, kind)
+    codes = round_to_grid(layer.W_OI, feedback(layer.gram), 3, 16)
+    fed_back = layer.error(codes.dense().double())
+    alone = layer.error(round_to_grid(layer.W_OI, feedback(torch.eye(48).double()), 3, 16).dense().double())
+    assert fed_back < 0.8 * alone
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("deviations", [0.7, 3, 20])
+def test_water_filled_steps_beat_one_step_for_all_columns_at_equal_entropy(
+    generator: torch.Generator, kind: str, deviations: float
+) -> None:
+    layer = random_layer(generator, 96, 48, kind)
+    carry = feedback(layer.gram)
+    filled = round_to_lattice(layer.W_OI, carry, typical_step(layer, deviations))
+    error, size = layer.error(filled.dense().double()), entropy(filled.codes_OI)
+
+    def flat(step: float) -> tuple[Tensor, Tensor]:
+        def quantise(j: int, w_O: Tensor) -> tuple[Tensor, Tensor]:
+            code_O = (w_O / step).round()
+            return code_O.int(), code_O * step
+
+        return round_columns(layer.W_OI, carry, quantise)
+
+    low, high = 1e-9, 1e3
+    for _ in range(60):  # the step at which the flat rounding has the same entropy
+        middle = math.sqrt(low * high)
+        low, high = (middle, high) if entropy(flat(middle)[0]) > size else (low, middle)
+    assert error < layer.error(flat(high)[1].double())
+
+
+def entropy(codes_OI: Tensor) -> float:
+    """Bits of all codes, each column by its own frequencies."""
+    total = 0.0
+    for column in codes_OI.T:
+        shares = column.unique(return_counts=True)[1].double() / column.numel()
+        total -= float((shares * shares.log2()).sum()) * column.numel()
+    return total
+
+
+@pytest.mark.parametrize("deviation", [0.1, 0.4, 1, 2.5, 16, 100])
+def test_the_table_of_a_rounded_normal_variable_is_what_sampling_gives(
+    generator: torch.Generator, deviation: float
+) -> None:
+    w = torch.randn(2_000_000, generator=generator, dtype=torch.float64) * deviation
+    codes, table = w.round(), gaussian_table()
+    shares = codes.unique(return_counts=True)[1].double() / w.numel()
+    x = torch.tensor(deviation)
+    nearest = 2 ** (round(16 * math.log2(deviation)) / 16)  # the table has 16 entries per octave
+    slack = abs(nearest / deviation - 1)
+    assert float(table.entropy(x)) == pytest.approx(
+        float(-(shares * shares.log2()).sum()), abs=0.01 + 2 * slack, rel=0.01
+    )
+    shrink = float((codes @ w) / (codes @ codes)) if bool(codes.any()) else 1.0
+    if deviation > 0.3:
+        assert float(table.shrink(x)) == pytest.approx(shrink, rel=0.01 + 2 * slack)
+    error = float(((w - shrink * codes) ** 2).mean())
+    assert float(table.error(x)) == pytest.approx(error, rel=0.02 + 3 * slack)
+
+
+@pytest.mark.parametrize("deviations", [0.5, 1, 4, 30])
+def test_what_a_lattice_is_said_to_cost_and_lose_is_what_it_does(
+    generator: torch.Generator, deviations: float
+) -> None:
+    """Normal weights, as the prediction takes them; 3 % of the bytes and 8 % of the error."""
+    layer = random_layer(generator, 512, 128)
+    W_OI = torch.randn(512, 128, generator=generator, dtype=torch.float64)
+    # Well conditioned, so that the damping inside the feedback is no part of the error.
+    gram_II = layer.gram + layer.gram.diagonal().mean() * torch.eye(128, dtype=torch.float64)
+    carry, total = feedback(gram_II), energy(W_OI, gram_II)
+    step = float((W_OI.std() / carry.upper_II.diagonal()).log().mean().exp()) / deviations
+    plans = lattice_plans(W_OI, carry, None, total, [0])
+    plan = min(plans, key=lambda p: abs(math.log(p.codes.step / step)))
+    codes = round_to_lattice(W_OI, carry, plan.codes.step)
+    size = entropy_encode(codes.codes_OI).numel() + 128
+    assert plan.codes.nbytes == pytest.approx(size, rel=0.03)
+    assert plan.error == pytest.approx(relative_error(W_OI, codes.dense().double(), gram_II), rel=0.08)
+
+
+def test_finer_steps_and_more_bits_err_less(generator: torch.Generator) -> None:
+    layer = random_layer(generator, 64, 48)
+    carry = feedback(layer.gram)
+    steps = [typical_step(layer, 2.0**i) for i in range(-2, 6)]
+    lattices = [layer.error(round_to_lattice(layer.W_OI, carry, s).dense().double()) for s in steps]
+    grids = [
+        layer.error(round_to_grid(layer.W_OI, carry, bits, 16, torch.float32).dense().double())
+        for bits in (2, 3, 4, 5, 6, 8)
+    ]
+    assert lattices == sorted(lattices, reverse=True)
+    assert grids == sorted(grids, reverse=True)
+    assert lattices[-1] < 1e-3
+    assert grids[-1] < 1e-3
+
+
+def test_steps_are_exact_powers() -> None:
+    offsets = torch.arange(256, dtype=torch.uint8)
+    for exponent in (-800, -131, 0, 77):
+        expected = [2.0 ** ((exponent + i) / 8) for i in range(256)]
+        found = lattice_steps(offsets, exponent)
+        torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-7, atol=0)
+        whole = found[(-exponent) % 8 :: 8].double().log2()
+        assert torch.equal(whole, whole.round())
+
+
+def test_an_input_that_dwarfs_all_others_gets_finer_codes_not_a_lost_layer(
+    generator: torch.Generator,
+) -> None:
+    layer = random_layer(generator, 64, 48)
+    layer.x_TI[:, 5] *= 1e4
+    codes = round_to_lattice(layer.W_OI, feedback(layer.gram), typical_step(layer, 3))
+    assert codes.offsets_I[5] == codes.offsets_I.min()
+    assert layer.error(codes.dense().double()) < 1e-3
+
+
+@pytest.mark.parametrize("rank", [0, 5])
+@pytest.mark.parametrize("columns", [0, 4])
+def test_low_rank_and_kept_columns_beside_codes_only_help(
+    generator: torch.Generator, rank: int, columns: int
+) -> None:
+    layer = random_layer(generator, 48, 40, "heavy")
+    rounding = partial(round_to_grid, bits=2, group=8)
+    plain = decompose_coded(layer.W_OI, layer.gram, rounding)
+    found = decompose_coded(layer.W_OI, layer.gram, rounding, rank=rank, columns=columns, iterations=4)
+    assert found.error == pytest.approx(layer.error(found.dense()), rel=1e-6)
+    assert found.error == min(found.history)
+    assert len(found.history) == (4 if rank else 1)
+    assert found.error <= plain.error * (0.8 if rank or columns else 1)
+
+
+def test_the_low_rank_part_is_the_optimum_for_the_codes_it_stands_beside(
+    generator: torch.Generator,
+) -> None:
+    """No step of alternating least squares on U or V improves it."""
+    layer = random_layer(generator, 32, 24)
+    found = decompose_coded(
+        layer.W_OI, layer.gram, partial(round_to_grid, bits=2, group=8), rank=4, iterations=3
+    )
+    rest_OI = layer.W_OI - found.codes.dense().double()
+    V = found.V_RC
+    U = (rest_OI @ layer.gram @ V.T) @ torch.linalg.pinv(V @ layer.gram @ V.T)
+    refitted = layer.error(found.codes.dense().double() + U @ V)
+    assert refitted >= found.error * (1 - 1e-9)
+
+
+def test_a_plan_names_its_rounding(generator: torch.Generator) -> None:
+    layer = random_layer(generator, 16, 12)
+    carry = feedback(layer.gram)
+    plan = lattice_plans(layer.W_OI, carry, None, 1.0, [0])[-1]
+    assert isinstance(quantiser(plan.codes)(layer.W_OI, carry), LatticeCodes)
+    fixed = quantiser(type(plan.codes)(0, bits=3, group=5))(layer.W_OI, carry)
+    assert isinstance(fixed, GridCodes)
+    assert int(fixed.codes_OI.max()) <= 7
+    stored = fixed.scales_OG.numel() * 2 + -(-fixed.zeros_OG.numel() * 3 // 8) + -(-16 * 12 * 3 // 8)
+    assert grid_bytes(16, 12, 3, 5) == stored

@@ -1,0 +1,70 @@
+"""The bytes asked for are the bytes written, for every kind of codes and ratio."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lrsd.compress import compress
+from lrsd.config import CalibrationSettings, CompressionSettings
+from lrsd.errors import BudgetError
+from lrsd.storage.checkpoint import stored_bytes
+
+
+@pytest.fixture(scope="module")
+def calibration(text_file: Path) -> CalibrationSettings:
+    return CalibrationSettings(source=str(text_file), samples=8, seqlen=32)
+
+
+@pytest.mark.parametrize("ratio", [1.1, 1.5, 3, 4, 16 / 3, 8])
+def test_entropy_coded_layers_land_on_the_budget(
+    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path, ratio: float
+) -> None:
+    settings = CompressionSettings(ratio=ratio, allocation="kl", propagate=False)
+    manifest = compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
+    assert manifest.linear_bytes <= manifest.budget_bytes == int(manifest.dense_linear_bytes / ratio)
+    assert manifest.linear_bytes >= 0.995 * manifest.budget_bytes
+    assert stored_bytes(tmp_path / "out", manifest.layers) == manifest.linear_bytes
+    assert {layer.coding for layer in manifest.layers.values()} <= {"entropy", None}
+
+
+@pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8"])
+def test_a_width_is_kept_to_and_kept_columns_use_what_is_left(
+    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path, bits: str
+) -> None:
+    """16 / (bits + 1) leaves room for the scales of groups of 32, not for another bit."""
+    settings = CompressionSettings(ratio=16 / (int(bits) + 1), bits=bits, group=32, propagate=False)
+    manifest = compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
+    assert manifest.linear_bytes <= manifest.budget_bytes
+    assert stored_bytes(tmp_path / "out", manifest.layers) == manifest.linear_bytes
+    assert {layer.code_bits for layer in manifest.layers.values()} <= {int(bits), None}
+    assert sum(layer.code_bits == int(bits) for layer in manifest.layers.values()) >= 12
+
+
+def test_mixed_widths_beat_one_width_at_the_same_bytes(
+    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path
+) -> None:
+    uniform = CompressionSettings(
+        ratio=3.5, bits="4", allocation="uniform", structure="none", propagate=False
+    )
+    losses = {}
+    for name, settings in (
+        ("one", uniform),
+        ("mixed", replace(uniform, bits="auto", coding="fixed", allocation="kl")),
+    ):
+        manifest = compress(str(tiny_model_dir), tmp_path / name, settings, calibration)
+        losses[name] = sum(layer.error * layer.sensitivity for layer in manifest.layers.values())
+        widths = {layer.code_bits for layer in manifest.layers.values()}
+        assert len(widths) > 1 if name == "mixed" else widths == {4}
+    sensitivity = {name: layer.sensitivity for name, layer in manifest.layers.items()}
+    one = compress(str(tiny_model_dir), tmp_path / "again", uniform, calibration)
+    assert losses["mixed"] < sum(layer.error * sensitivity[name] for name, layer in one.layers.items())
+
+
+def test_a_width_that_cannot_fit_is_refused_with_the_ratio_that_can(
+    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path
+) -> None:
+    settings = CompressionSettings(ratio=4, bits="4", propagate=False)
+    with pytest.raises(BudgetError, match=r"try a ratio below 3\.[5-9]"):
+        compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
+    assert not (tmp_path / "out").exists()
