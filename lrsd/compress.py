@@ -23,11 +23,10 @@ from lrsd.model.load import LoadedModel, check_finite, fingerprint, load_model
 from lrsd.model.replay import Replay, Stream
 from lrsd.numerics.allocate import (
     LayerCurve,
-    Plan,
     dense_bytes,
     plan_bytes,
 )
-from lrsd.plan import choose_plan
+from lrsd.plan import Choice, choose_plan
 from lrsd.progress import Progress
 from lrsd.report import model_card
 from lrsd.storage.checkpoint import (
@@ -80,7 +79,7 @@ def compress(
         prepared = prepare(source, settings, calibration, progress, clock)
         with clock("solve"):
             fitted = fit_blocks(
-                prepared.replay, prepared.stream, prepared.survey, prepared.plan, prepared.budget,
+                prepared.replay, prepared.stream, prepared.survey, prepared.choice, prepared.budget,
                 settings, progress,
             )  # fmt: skip
     with clock("write"):
@@ -97,10 +96,8 @@ class Prepared:
     replay: Replay
     stream: Stream
     survey: Survey
-    plan: Plan
+    choice: Choice
     budget: int
-    candidates: dict[str, float]
-    chosen: str
     seconds: dict[str, float]
 
     @property
@@ -115,15 +112,17 @@ class Prepared:
     def to_dict(self) -> dict[str, Any]:
         return {
             "budget_bytes": self.budget,
-            "planned_bytes": plan_bytes(self.plan, self.curves),
+            "planned_bytes": plan_bytes(self.choice.plan, self.curves),
             "dense_linear_bytes": dense_bytes(self.curves),
-            "allocation": self.candidates,
-            "allocation_chosen": self.chosen,
+            "allocation": self.choice.compared,
+            "allocation_chosen": self.choice.name,
+            "expected_kl": self.choice.expected_kl,
+            "propagate": self.choice.propagate,
             "seconds": self.seconds,
             "remaining_seconds": self.remaining_seconds,
             "layers": {
                 name: {**asdict(layer), "bytes": layer.nbytes(self.curves[name].shape)}
-                for name, layer in self.plan.items()
+                for name, layer in self.choice.plan.items()
             },
         }
 
@@ -163,10 +162,8 @@ def prepare(
         survey = survey_model(replay, stream, tokens, settings, progress.step)
     with clock("allocate"):
         budget = int(dense_bytes(survey.curves) / settings.ratio)
-        plan, candidates, chosen = choose_plan(replay, survey, tokens, budget, settings, progress)
-    return Prepared(
-        loaded, identity, tokens, replay, stream, survey, plan, budget, candidates, chosen, clock.seconds
-    )
+        choice = choose_plan(replay, survey, tokens, budget, settings, progress)
+    return Prepared(loaded, identity, tokens, replay, stream, survey, choice, budget, clock.seconds)
 
 
 def calibration_tokens(
@@ -222,8 +219,10 @@ def write_checkpoint(
             bits_per_weight=16 * added / total,
             macs_per_token=sum(_macs(fitted[name], curve) for name, curve in curves.items()),
             dense_macs_per_token=total // 2,
-            allocation=prepared.candidates,
-            allocation_chosen=prepared.chosen,
+            allocation=prepared.choice.compared,
+            allocation_chosen=prepared.choice.name,
+            expected_kl=prepared.choice.expected_kl,
+            propagated=prepared.choice.propagate,
             seconds={phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
             layers=layers,
             untouched=prepared.replay.layout.untouched,

@@ -44,8 +44,8 @@ class CompressionSettings:
     for ssd, equal shares for the others. bits: width of the codes that S may use; 16: none, low rank and
     kept channels only. coding: of the codes, where bits is auto: entropy coded, or of a fixed width that
     is chosen per layer; any other width is fixed. group: columns per scale and zero at a fixed width.
-    rank: one rank for every layer instead. propagate: fit behind the compressed prefix; None: only lrsd
-    does. alternations: rounds between S and L (1: none). batch: samples per forward pass.
+    rank: one rank for every layer instead. propagate: fit behind the compressed prefix; None: lrsd
+    does where the loss is not small anyway. alternations: rounds between S and L (1: none). batch: samples per forward pass.
     """
 
     ratio: float
@@ -85,10 +85,6 @@ class CompressionSettings:
             )
         if self.rank is not None:
             _at_least("rank", self.rank, 0 if self.entropy_coded else 1)
-
-    @property
-    def propagates(self) -> bool:
-        return self.method == "lrsd" if self.propagate is None else self.propagate
 
     @property
     def code_widths(self) -> tuple[int, ...]:

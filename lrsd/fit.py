@@ -10,22 +10,16 @@ from torch.nn.functional import linear
 
 from lrsd.config import CompressionSettings
 from lrsd.errors import BudgetError
-from lrsd.model.layout import InputGroup, LinearSpec, read_weight
+from lrsd.model.layout import InputGroup, LinearSpec, exchange_weight, read_weight
 from lrsd.model.linear import LowRankSparseLinear
 from lrsd.model.replay import Replay, Stream
 from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, LayerPlan, Plan
 from lrsd.numerics.moments import CrossMoments, Moments
 from lrsd.numerics.quantize import Feedback, feedback
-from lrsd.numerics.rates import quantiser
-from lrsd.numerics.solver import (
-    Decomposition,
-    decompose,
-    decompose_coded,
-    decompose_thresholded,
-    propagated_target,
-    relative_error,
-)
+from lrsd.numerics.solver import Decomposition, propagated_target, relative_error
+from lrsd.plan import Choice
 from lrsd.progress import Progress
+from lrsd.solve import solve_layer
 from lrsd.survey import HELD_OUT, Survey, metric
 
 # Tries at the last layer's step: bisection to less than its share of the slack takes about ten.
@@ -49,21 +43,11 @@ class Fitted:
 _Solved = tuple[Decomposition, LayerPlan, LowRankSparseLinear, Tensor | None]
 
 
-def exchange_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor) -> nn.Parameter:
-    """Put another weight in place; the old one is returned."""
-    module = model.get_submodule(spec.name)
-    original = module.weight
-    assert isinstance(original, nn.Parameter)
-    stored = (W_OI.T if spec.transposed else W_OI).to(original.dtype).contiguous()
-    module.weight = nn.Parameter(stored, requires_grad=False)
-    return original
-
-
 def fit_blocks(
     replay: Replay,
     stream: Stream,
     survey: Survey,
-    plan: Plan,
+    choice: Choice,
     budget: int,
     settings: CompressionSettings,
     progress: Progress,
@@ -79,28 +63,28 @@ def fit_blocks(
     model = replay.model
     progress.stage("compress", len(replay.layout.blocks))
     fitted: dict[str, Fitted] = {}
-    purse = _Purse(plan, survey.curves, budget)
+    purse = _Purse(choice.plan, survey.curves, budget)
     dense_stream = stream
     for index, block in enumerate(replay.layout.blocks):
         after: Stream | None = None
-        if settings.propagates:
+        if choice.propagate:
             dense_inputs, dense_stream = _dense_pass(replay, index, dense_stream)
         for group in block.groups:
-            if settings.propagates:
+            if choice.propagate:
                 pair = _pair_moments(replay, index, group, dense_inputs.pop(group.name), dense_stream, stream)
                 aims = {spec.name: _propagated_aim(model, spec, pair) for spec in group.linears}
             else:
                 moments = survey.moments[group.name]
                 aims = {spec.name: _plain_aim(model, spec, moments, settings) for spec in group.linears}
             before = _affine(model, group.linears[0])
-            coded = any(plan[spec.name].codes for spec in group.linears)
+            coded = any(choice.plan[spec.name].codes for spec in group.linears)
             carry = feedback(aims[group.name].gram_II) if coded else None
             for spec in group.linears:
                 aim, curve = aims[spec.name], survey.curves[spec.name]
                 fitted[spec.name] = _fit_layer(model, spec, aim, curve, purse, settings, carry)
-            if settings.propagates and pair.closing is not None:
+            if choice.propagate and pair.closing is not None:
                 after = _moved(pair.closing, before, _affine(model, group.linears[0]))
-        if settings.propagates:
+        if choice.propagate:
             stream = after or [replay.run(index, hidden) for hidden in stream]
         progress.step(block.name)
     return fitted
@@ -352,36 +336,6 @@ def _bias(
         shift_O = aim.target_mean_O - found.dense() @ aim.input_mean_I
         bias_O = shift_O if bias_O is None else bias_O + shift_O
     return bias_O
-
-
-def solve_layer(
-    W_OI: Tensor,
-    gram_II: Tensor,
-    plan: LayerPlan,
-    curve: LayerCurve,
-    settings: CompressionSettings,
-    *,
-    carry: Feedback | None,
-    alternate: bool,
-) -> Decomposition:
-    """The decomposition that a plan asks for, from the columns or rows that the survey found."""
-    assert plan.rank is not None, "dense layers are not solved"
-    if plan.codes is not None:
-        return decompose_coded(
-            W_OI, gram_II, quantiser(plan.codes), rank=plan.rank, columns=plan.columns, carry=carry,
-            iterations=settings.alternations if alternate else 1,
-        )  # fmt: skip
-    support = curve.support_of(plan)
-    assert support is not None, "a plan's support is one of its curve's"
-    if plan.entries is not None:
-        return decompose_thresholded(
-            W_OI, gram_II, rank=plan.rank, columns=plan.columns, entries=plan.entries,
-            iterations=settings.alternations if alternate else 1,
-        )  # fmt: skip
-    start = None if support.kept is None else support.kept.to(W_OI.device)
-    return decompose(
-        W_OI, gram_II, rank=plan.rank, columns=plan.columns, rows=plan.rows, start=start, alternate=alternate
-    )
 
 
 def _dense_pass(replay: Replay, index: int, stream: Stream) -> tuple[dict[str, Stream], Stream]:

@@ -1,12 +1,13 @@
 """Which plan: bytes shared among layers in several ways, the best on held-out text kept."""
 
+from dataclasses import dataclass, field
+
 from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 
 from lrsd.config import CompressionSettings
 from lrsd.errors import BudgetError
-from lrsd.fit import exchange_weight, solve_layer
-from lrsd.model.layout import read_weight
+from lrsd.model.layout import exchange_weight, read_weight
 from lrsd.model.replay import Replay
 from lrsd.numerics.allocate import (
     LayerCurve,
@@ -19,13 +20,33 @@ from lrsd.numerics.allocate import (
 )
 from lrsd.numerics.quantize import feedback
 from lrsd.progress import Progress
-from lrsd.survey import HELD_OUT, Survey, has_codes, metric
+from lrsd.solve import solve_layer
+from lrsd.survey import HELD_OUT, Survey, has_codes, metric, needs_sensitivity
 
+# KL in nats per token below which a plan for codes is neither checked nor fitted behind the compressed
+# prefix: on SmolLM2-135M at 4x both together took longer than all the rest, and propagation lowered
+# the perplexity from 26.9 to 26.7. --propagate turns it on.
+_SMALL_KL = 0.1
 # Samples on which plans are compared: their dense logits are held in memory meanwhile.
 _COMPARED_SAMPLES = 4
 # Least fraction of the average bytes that the allocation may leave a layer: sensitivities are
 # local, and a layer far below the average has an error they say nothing about.
 _FLOOR = 0.3
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A plan, how it was come by, and whether it is to be fitted behind the compressed prefix.
+
+    expected_kl: sum of sensitivity x error, nats per token; None where no sensitivities were measured.
+    compared: held-out KL of every plan tried.
+    """
+
+    plan: Plan
+    name: str
+    expected_kl: float | None
+    propagate: bool
+    compared: dict[str, float] = field(default_factory=dict)
 
 
 def choose_plan(
@@ -35,36 +56,49 @@ def choose_plan(
     budget: int,
     settings: CompressionSettings,
     progress: Progress,
-) -> tuple[Plan, dict[str, float], str]:
-    """The plan, the held-out KL of every plan tried, and the name of the chosen one.
+) -> Choice:
+    """Share the budget among the layers, and decide on propagation.
 
-    "auto" tries sensitivities as measured, their square roots (bolder and more timid), and none at
-    all, on held-out calibration text without propagation, and keeps the best.
+    "auto" allocates by sensitivities as measured. Where these promise a small loss the promise holds:
+    sensitivities are first-order. Otherwise their square roots (bolder and more timid) and equal shares
+    are tried too, on held-out calibration text without propagation, and the best plan is kept.
     """
     curves, sensitivity = survey.curves, survey.sensitivity
-    if settings.rank is not None and not has_codes(settings):
-        return _fixed_rank(curves, budget, settings.rank), {}, "rank"
-    if settings.allocates_by == "energy":
-        return allocate_energy(curves, budget), {}, "energy"
-    if settings.allocates_by == "uniform":
-        return allocate_uniform(curves, budget), {}, "uniform"
     floor = _FLOOR / settings.ratio
-    by_kl = allocate_by_weight(curves, sensitivity, budget, floor)
-    if settings.allocates_by == "kl":
-        return by_kl, {}, "kl"
+
+    def choice(name: str, plan: Plan, compared: dict[str, float] | None = None) -> Choice:
+        expected = None
+        if needs_sensitivity(settings):
+            expected = sum(sensitivity[name] * layer.error for name, layer in plan.items())
+        small = has_codes(settings) and expected is not None and expected < _SMALL_KL
+        propagate = settings.propagate
+        if propagate is None:
+            propagate = settings.method == "lrsd" and not small
+        return Choice(plan, name, expected, propagate, compared or {})
+
+    if settings.rank is not None and not has_codes(settings):
+        return choice("rank", _fixed_rank(curves, budget, settings.rank))
+    if settings.allocates_by == "energy":
+        return choice("energy", allocate_energy(curves, budget))
+    if settings.allocates_by == "uniform":
+        return choice("uniform", allocate_uniform(curves, budget))
+    first = choice("kl", allocate_by_weight(curves, sensitivity, budget, floor))
+    assert first.expected_kl is not None
+    if settings.allocates_by == "kl" or (has_codes(settings) and first.expected_kl < _SMALL_KL):
+        return first
     timid = {name: weight**0.5 for name, weight in sensitivity.items()}
     plans = {
-        "kl": by_kl,
+        "kl": first.plan,
         "sqrt-kl": allocate_by_weight(curves, timid, budget, floor),
         "uniform": allocate_uniform(curves, budget),
     }
     progress.stage("compare plans", len(plans))
-    divergence = {}
+    compared = {}
     for name, plan in plans.items():
-        divergence[name] = _held_out_divergence(replay, survey, tokens, plan, settings)
+        compared[name] = _held_out_divergence(replay, survey, tokens, plan, settings)
         progress.step(name)
-    chosen = min(divergence, key=divergence.__getitem__)
-    return plans[chosen], divergence, chosen
+    best = min(compared, key=compared.__getitem__)
+    return choice(best, plans[best], compared)
 
 
 def _fixed_rank(curves: dict[str, LayerCurve], budget: int, rank: int) -> Plan:

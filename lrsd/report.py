@@ -58,23 +58,28 @@ def plan_table(prepared: Prepared) -> str:
     rows = [
         f"{'layer':<40} {'shape':>11} {'rank':>5} {'cols':>5} {'rows':>5} {'KB':>7} {'predicted error':>15}"
     ]
-    for name, layer in prepared.plan.items():
+    for name, layer in prepared.choice.plan.items():
         shape = prepared.curves[name].shape
         rank = "dense" if layer.rank is None else str(layer.rank)
         rows.append(
             f"{name:<40} {shape.out_features:>5}x{shape.in_features:<5} {rank:>5} {layer.columns:>5} "
             f"{layer.rows:>5} {layer.nbytes(shape) / 1e3:>7.1f} {layer.error:>15.2e}"
         )
-    total, planned = dense_bytes(prepared.curves), plan_bytes(prepared.plan, prepared.curves)
+    total, planned = dense_bytes(prepared.curves), plan_bytes(prepared.choice.plan, prepared.curves)
     return "\n".join([
         *rows,
         "",
         f"linear weights  {_mb(total)} -> {_mb(planned)}, {total / planned:.4g}x "
         f"(budget {prepared.budget:,} bytes)",
-        f"allocation      {prepared.chosen}",
+        f"allocation      {prepared.choice.name}, {_expected(prepared.choice.expected_kl)}"
+        f"{'' if prepared.choice.propagate else 'not '}behind the compressed prefix",
         f"time            {sum(prepared.seconds.values()):.0f} s so far, "
         f"about {prepared.remaining_seconds:.0f} s to go",
     ])  # fmt: skip
+
+
+def _expected(kl: float | None) -> str:
+    return "" if kl is None else f"expected KL {kl:.3g} nats per token, "
 
 
 def evaluation_lines(result: EvalResult) -> list[str]:

@@ -77,11 +77,11 @@ def survey_model(
         else:
             found = {group.name: moments[group.name] for group in block.groups}
         gathered |= found
+        perturbations = []
         for group in block.groups:
             gram_II = metric(settings, found[group.name])
             check_finite(f"the input of {group.name}", gram_II)
             carry = feedback(gram_II) if has_codes(settings) else None
-            perturbations = []
             for spec in group.linears:
                 W_OI = read_weight(replay.model, spec).double()
                 if carry is not None:
@@ -93,8 +93,8 @@ def survey_model(
                     perturb = partial(_truncated, spec, W_OI, whole)
                 if probe:
                     perturbations.append(perturb(curves[spec.name], settings))
-            measured |= probe.measure(perturbations) if probe else {}
         if probe:
+            measured |= probe.measure(perturbations)
             probe.advance()
         progress(block.name)
     unmeasured = 0.0 if probe else 1.0

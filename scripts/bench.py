@@ -181,10 +181,11 @@ class SharedSurvey:
         if needs_sensitivity(settings):
             self.sensitivity[kind] = survey.sensitivity
         budget = int(dense_bytes(survey.curves) / settings.ratio)
-        plan, _, chosen = choose_plan(replay, survey, self.tokens, budget, settings, Progress())
-        fitted = fit_blocks(replay, self.stream, survey, plan, budget, settings, Progress())
+        choice = choose_plan(replay, survey, self.tokens, budget, settings, Progress())
+        fitted = fit_blocks(replay, self.stream, survey, choice, budget, settings, Progress())
         taken = sum(fitted[n].plan.nbytes(curve.shape) for n, curve in survey.curves.items())
         return self.bench.add(
             name, model, int(taken * counted), int(budget * counted),
-            seconds=time.perf_counter() - start, allocation=chosen, ratio=settings.ratio / counted,
+            seconds=time.perf_counter() - start, allocation=choice.name, propagated=choice.propagate,
+            ratio=settings.ratio / counted,
         )  # fmt: skip

@@ -135,6 +135,16 @@ def replaced_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor) -> Iterato
         module.weight = original
 
 
+def exchange_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor) -> nn.Parameter:
+    """Put another weight in place; the old one is returned."""
+    module = model.get_submodule(spec.name)
+    original = module.weight
+    assert isinstance(original, nn.Parameter)
+    stored = (W_OI.T if spec.transposed else W_OI).to(original.dtype).contiguous()
+    module.weight = nn.Parameter(stored, requires_grad=False)
+    return original
+
+
 def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
     def size(modules: nn.ModuleList) -> int:
         return sum(m.weight.numel() for m in modules.modules() if is_linear(m))  # type: ignore[misc, operator]

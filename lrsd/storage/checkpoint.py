@@ -77,6 +77,8 @@ class Manifest:
     dense_macs_per_token: int
     allocation: dict[str, float]
     allocation_chosen: str
+    expected_kl: float | None
+    propagated: bool
     seconds: dict[str, float]
     layers: dict[str, LayerRecord]
     untouched: tuple[str, ...] = ()
