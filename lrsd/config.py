@@ -45,7 +45,8 @@ class CompressionSettings:
     kept channels only. coding: of the codes, where bits is auto: entropy coded, or of a fixed width that
     is chosen per layer; any other width is fixed. group: columns per scale and zero at a fixed width.
     rank: one rank for every layer instead. propagate: fit behind the compressed prefix; None: lrsd
-    does where the loss is not small anyway. alternations: rounds between S and L (1: none). batch: samples per forward pass.
+    does where the loss is not small anyway. alternations: rounds between S and L (1: none).
+    batch: samples per forward pass.
     """
 
     ratio: float

@@ -151,7 +151,7 @@ def coded_curve(
             W_OI, gram_II, carry, widths=settings.code_widths, group=settings.group, columns=columns
         )
         return LayerCurve(spec.shape, (), coded=plans)
-    total = max(energy(W_OI, gram_II), _TINY)
+    total = max(energy(W_OI.float(), gram_II.float()), _TINY)
     offered = _CODED_RANKS if settings.rank is None else (settings.rank,)
     ranks = [min(rank, *W_OI.shape) for rank in offered]
     whole = spectrum(W_OI.float(), gram_II.float()) if any(ranks) else None
@@ -285,10 +285,10 @@ def _rounded(
     fitting = [plan for plan in curve.coded if plan.nbytes(shape) <= share]
     plan = fitting[-1] if fitting else curve.coded[0]
     assert plan.codes is not None
-    codes = quantiser(plan.codes)(W_OI, carry)
-    approximation_OI = codes.dense().double()
-    lost = energy(W_OI - approximation_OI, gram_II)
-    return Perturbation(spec, approximation_OI, lost / max(energy(W_OI, gram_II), _TINY))
+    approximation_OI = quantiser(plan.codes)(W_OI, carry).dense()
+    W_OI, gram_II = W_OI.float(), gram_II.float()
+    lost, total = energy(W_OI - approximation_OI, gram_II), energy(W_OI, gram_II)
+    return Perturbation(spec, approximation_OI, lost / max(total, _TINY))
 
 
 def _truncated(

@@ -22,17 +22,19 @@ AT_16_BIT = {
     "one energy threshold": {"allocation": "energy"},
     "no propagation": {"propagate": False},
 }
+# Without the check of the plan and without propagation, which take most of the time.
+PLAIN = {"allocation": "kl", "propagate": False}
 WITH_CODES = {
     "default": {},
-    "propagation always": {"propagate": True},
-    "propagation never": {"propagate": False},
-    "uniform ratio": {"allocation": "uniform"},
-    "no low rank": {"rank": 0},
-    "rank 8 everywhere": {"rank": 8},
-    "rank 8, no alternation": {"rank": 8, "alternations": 1},
-    "with mean correction": {"mean_correction": True},
-    "fixed widths, outlier columns": {"coding": "fixed"},
-    "fixed widths, no outlier columns": {"coding": "fixed", "structure": "none"},
+    "with propagation": {**PLAIN, "propagate": True},
+    "no propagation": PLAIN,
+    "no propagation, uniform ratio": {**PLAIN, "allocation": "uniform"},
+    "no propagation, no low rank": {**PLAIN, "rank": 0},
+    "no propagation, rank 8 everywhere": {**PLAIN, "rank": 8},
+    "no propagation, rank 8, no alternation": {**PLAIN, "rank": 8, "alternations": 1},
+    "no propagation, mean correction": {**PLAIN, "mean_correction": True},
+    "no propagation, fixed widths + outlier columns": {**PLAIN, "coding": "fixed"},
+    "no propagation, fixed widths": {**PLAIN, "coding": "fixed", "structure": "none"},
 }
 
 

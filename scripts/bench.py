@@ -104,18 +104,26 @@ class Bench:
             allocation=manifest.allocation_chosen,
         )  # fmt: skip
 
-    def add(self, name: str, model: PreTrainedModel, stored: int, budget: int, **more: Any) -> dict[str, Any]:
+    def add(
+        self,
+        name: str,
+        model: PreTrainedModel,
+        stored: int,
+        budget: int,
+        with_divergence: bool = True,
+        **more: Any,
+    ) -> dict[str, Any]:
         """Measure a compressed model and keep the row."""
-        distance = divergence(model, self.dense.model, self.windows)
         row = {
             "name": name,
             "bytes": stored,
             "of budget": stored / budget,
             "perplexity": perplexity(model, self.windows, "eval").perplexity,
-            "KL": distance.kl,
-            "top-1": distance.top1_agreement,
             **more,
         }
+        if with_divergence:
+            distance = divergence(model, self.dense.model, self.windows)
+            row |= {"KL": distance.kl, "top-1": distance.top1_agreement}
         self._add(row)
         return row
 
@@ -134,14 +142,10 @@ class Bench:
             "| | bytes of linear weights | of budget | perplexity | KL | top-1 |",
             "|---|---|---|---|---|---|",
         ]
+        forms = (("bytes", ","), ("of budget", ".5f"), ("perplexity", ".2f"), ("KL", ".4f"), ("top-1", ".1%"))
         for row in self.rows:
-            measured = (
-                f"{row['bytes']:,} | {row['of budget']:.5f} | {row['perplexity']:.2f} | "
-                f"{row['KL']:.4f} | {row['top-1']:.1%}"
-                if "bytes" in row
-                else f"| | {row['perplexity']:.2f} | |"
-            )
-            lines.append(f"| {row['name']} | {measured} |")
+            cells = [format(row[key], form) if key in row else "" for key, form in forms]
+            lines.append(f"| {row['name']} | {' | '.join(cells)} |")
         return "\n".join(lines)
 
 
@@ -187,5 +191,5 @@ class SharedSurvey:
         return self.bench.add(
             name, model, int(taken * counted), int(budget * counted),
             seconds=time.perf_counter() - start, allocation=choice.name, propagated=choice.propagate,
-            ratio=settings.ratio / counted,
+            ratio=settings.ratio / counted, with_divergence=False,
         )  # fmt: skip
