@@ -6,7 +6,13 @@ from lrsd.config import CompressionSettings
 from lrsd.numerics.allocate import LayerCurve, LayerPlan
 from lrsd.numerics.quantize import Feedback
 from lrsd.numerics.rates import quantiser
-from lrsd.numerics.solver import Decomposition, decompose, decompose_coded, decompose_thresholded
+from lrsd.numerics.solver import (
+    Decomposition,
+    columns_beside_codes,
+    decompose,
+    decompose_coded,
+    decompose_thresholded,
+)
 
 
 def solve_layer(
@@ -22,8 +28,9 @@ def solve_layer(
     """The decomposition that a plan asks for, from the columns or rows that the survey found."""
     assert plan.rank is not None, "dense layers are not solved"
     if plan.codes is not None:
+        split, beside = columns_beside_codes(W_OI, gram_II, plan.columns, carry)
         return decompose_coded(
-            W_OI, gram_II, quantiser(plan.codes), rank=plan.rank, columns=plan.columns, carry=carry,
+            W_OI, gram_II, quantiser(plan.codes), split, beside, rank=plan.rank,
             iterations=settings.alternations if alternate else 1,
         )  # fmt: skip
     support = curve.support_of(plan)

@@ -17,7 +17,7 @@ from lrsd.numerics.quantize import (
     round_to_grid,
     round_to_lattice,
 )
-from lrsd.numerics.solver import decompose_coded
+from lrsd.numerics.solver import columns_beside_codes, decompose_coded
 
 # What the entropy coder takes beyond the entropy, in bits per weight, and in bytes for its first table.
 _CODER_BITS, _CODER_BYTES = 0.03, 60
@@ -84,12 +84,13 @@ def grid_plans(
     shape = Shape(*W_OI.shape)
     plans = []
     for kept in columns:
+        split, beside = columns_beside_codes(W_OI, gram_II, kept, carry)
         measured: dict[int, float] = {}
         for bits in sorted(widths):
             tried = min(bits, _MEASURED_BITS)
             if tried not in measured:
                 quantise = quantiser(Codes(0, bits=tried, group=group))
-                measured[tried] = decompose_coded(W_OI, gram_II, quantise, columns=kept, carry=carry).error
+                measured[tried] = decompose_coded(W_OI, gram_II, quantise, split, beside).error
             size = grid_bytes(shape.out_features, shape.in_features - kept, bits, group)
             error = measured[tried] / 4 ** (bits - tried)
             plans.append(LayerPlan(0, kept, error=error, codes=Codes(size, bits=bits, group=group)))

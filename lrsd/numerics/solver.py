@@ -10,6 +10,7 @@ from lrsd.numerics.lowrank import best_low_rank, complement, ridged_cholesky
 from lrsd.numerics.moments import energy
 from lrsd.numerics.quantize import Feedback, GridCodes, LatticeCodes, feedback
 from lrsd.numerics.structured import (
+    ColumnSplit,
     column_energies,
     fit_beside_columns,
     largest_entries,
@@ -148,15 +149,28 @@ def decompose_thresholded(
     return replace(best, history=tuple(history))
 
 
+def columns_beside_codes(
+    W_OI: Tensor, gram_II: Tensor, columns: int, carry: Feedback | None = None
+) -> tuple[ColumnSplit, Feedback]:
+    """The columns of largest output energy to keep, and the feedback for rounding the others.
+
+    carry: feedback of `gram_II`, if at hand; it serves where no column is kept.
+    """
+    none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
+    columns_K = column_energies(W_OI, gram_II).topk(columns).indices.sort().values if columns else none
+    split = split_columns(gram_II, columns_K)
+    return split, feedback(split.schur_CC) if carry is None or columns else carry
+
+
 def decompose_coded(
     W_OI: Tensor,
     gram_II: Tensor,
     quantise: Callable[[Tensor, Feedback], LatticeCodes | GridCodes],
+    split: ColumnSplit,
+    carry: Feedback,
     *,
     rank: int = 0,
-    columns: int = 0,
     iterations: int = 1,
-    carry: Feedback | None = None,
 ) -> Decomposition:
     """Low rank plus kept columns plus integer codes Q for the other columns, by alternation.
 
@@ -165,14 +179,10 @@ def decompose_coded(
     S on the kept columns in closed form at the end. Without a rank there is nothing to alternate.
     The best iterate is returned, the error of each recorded in `history`.
 
-    Args: quantise(W_OC, feedback) -> codes; carry: feedback of `gram_II`, if at hand.
+    Args: quantise(W_OC, feedback) -> codes; split, carry: see `columns_beside_codes`.
     Source: the alternation of LoSparse and SSD with rounding for S; rounding: GPTQ (ICLR 2023).
     """
-    none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
-    columns_K = column_energies(W_OI, gram_II).topk(columns).indices.sort().values if columns else none
-    split = split_columns(gram_II, columns_K)
-    if carry is None or columns:
-        carry = feedback(split.schur_CC)
+    columns_K, none = split.columns_K, split.columns_K[:0]
     W_OC = W_OI[:, split.free_C]
     U_OR, V_RC = best_low_rank(W_OC, split.schur_CC, rank) if rank else (W_OC[:, :0], W_OC[:0])
     best: Decomposition | None = None

@@ -22,7 +22,7 @@ from lrsd.numerics.quantize import (
     round_to_lattice,
 )
 from lrsd.numerics.rates import lattice_plans, quantiser
-from lrsd.numerics.solver import decompose_coded, relative_error
+from lrsd.numerics.solver import columns_beside_codes, decompose_coded, relative_error
 
 every_kind = pytest.mark.parametrize("kind", [*KINDS, *DEGENERATE])
 
@@ -170,8 +170,11 @@ def test_low_rank_and_kept_columns_beside_codes_only_help(
 ) -> None:
     layer = random_layer(generator, 48, 40, "heavy")
     rounding = partial(round_to_grid, bits=2, group=8)
-    plain = decompose_coded(layer.W_OI, layer.gram, rounding)
-    found = decompose_coded(layer.W_OI, layer.gram, rounding, rank=rank, columns=columns, iterations=4)
+    plain = decompose_coded(
+        layer.W_OI, layer.gram, rounding, *columns_beside_codes(layer.W_OI, layer.gram, 0)
+    )
+    beside = columns_beside_codes(layer.W_OI, layer.gram, columns)
+    found = decompose_coded(layer.W_OI, layer.gram, rounding, *beside, rank=rank, iterations=4)
     assert found.error == pytest.approx(layer.error(found.dense()), rel=1e-6)
     assert found.error == min(found.history)
     assert len(found.history) == (4 if rank else 1)
@@ -183,8 +186,9 @@ def test_the_low_rank_part_is_the_optimum_for_the_codes_it_stands_beside(
 ) -> None:
     """No step of alternating least squares on U or V improves it."""
     layer = random_layer(generator, 32, 24)
+    beside = columns_beside_codes(layer.W_OI, layer.gram, 0)
     found = decompose_coded(
-        layer.W_OI, layer.gram, partial(round_to_grid, bits=2, group=8), rank=4, iterations=3
+        layer.W_OI, layer.gram, partial(round_to_grid, bits=2, group=8), *beside, rank=4, iterations=3
     )
     rest_OI = layer.W_OI - found.codes.dense().double()
     V = found.V_RC
