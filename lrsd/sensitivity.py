@@ -1,11 +1,12 @@
 """How much the model's output suffers from each layer's error, measured by forward passes only."""
 
-from contextlib import AbstractContextManager, ExitStack
-from copy import deepcopy
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
@@ -17,6 +18,33 @@ from lrsd.model.replay import Replay
 _SAMPLES = 2
 _TOKENS = 192
 _READ_EVERY = 2
+
+
+@contextmanager
+def in_float32(model: nn.Module) -> Iterator[None]:
+    """A 16-bit model that computes in float32: each module's own weights are widened while it runs.
+
+    No more than one module's weights are held twice.
+    """
+    narrow: dict[nn.Parameter, Tensor] = {}
+
+    def widen(module: nn.Module, args: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter.is_floating_point() and parameter.dtype != torch.float32:
+                narrow[parameter] = parameter.data
+                parameter.data = parameter.data.float()
+
+    def restore(module: nn.Module, args: Any, output: Any) -> None:
+        for parameter in module.parameters(recurse=False):
+            if parameter in narrow:
+                parameter.data = narrow.pop(parameter)
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            if any(True for _ in module.parameters(recurse=False)):
+                hooks.callback(module.register_forward_pre_hook(widen).remove)
+                hooks.callback(module.register_forward_hook(restore, always_call=True).remove)
+        yield
 
 
 @dataclass(frozen=True)
@@ -42,18 +70,20 @@ class Probe:
 
     def __init__(self, model: PreTrainedModel, layout: Layout, tokens: Tensor) -> None:
         self._tokens = tokens[:_SAMPLES, :_TOKENS]
-        self._replay, stream = Replay.start(deepcopy(model).float(), layout, [self._tokens])
-        self._before = stream[0]
-        self._reference = self._log_probabilities(0)
-        self._index = 0
-        self._after = self._replay.run(0, self._before)
+        with in_float32(model):
+            self._replay, stream = Replay.start(model, layout, [self._tokens])
+            self._before = stream[0]
+            self._reference = self._log_probabilities(0)
+            self._index = 0
+            self._after = self._replay.run(0, self._before)
 
     def advance(self) -> None:
         """Go on to the next block."""
         self._index += 1
         self._before = self._after
         if self._index < len(self._replay.layout.blocks):
-            self._after = self._replay.run(self._index, self._before)
+            with in_float32(self._replay.model):
+                self._after = self._replay.run(self._index, self._before)
 
     def measure(self, block: list[Perturbation]) -> dict[str, float]:
         """KL in nats per token per unit of relative error, by layer name."""
@@ -61,6 +91,7 @@ class Probe:
         if not block:
             return {}
         with ExitStack() as replaced:
+            replaced.enter_context(in_float32(self._replay.model))
             for perturbation in block:
                 replaced.enter_context(self._perturbed(perturbation))
             perturbed = self._log_probabilities(self._index)
@@ -74,11 +105,12 @@ class Probe:
         }
 
     def _perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
-        return replaced_weight(self._replay.model, perturbation.spec, perturbation.approximation_OI)
+        W_OI = perturbation.approximation_OI.float()
+        return replaced_weight(self._replay.model, perturbation.spec, W_OI, W_OI.dtype)
 
     def _change(self, perturbation: Perturbation) -> float:
         """Mean squared change of the block's output, relative to each token's squared norm."""
-        with self._perturbed(perturbation):
+        with in_float32(self._replay.model), self._perturbed(perturbation):
             moved = self._replay.run(self._index, self._before) - self._after
         norm = (self._after**2).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         return float(((moved**2).sum(-1) / norm).mean())

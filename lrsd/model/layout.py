@@ -122,13 +122,15 @@ def read_weight(model: nn.Module, spec: LinearSpec) -> Tensor:
 
 
 @contextmanager
-def replaced_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor) -> Iterator[None]:
+def replaced_weight(
+    model: nn.Module, spec: LinearSpec, W_OI: Tensor, dtype: torch.dtype
+) -> Iterator[None]:
     """The model with another weight in one place, for as long as the context lasts."""
     module = model.get_submodule(spec.name)
     original = module.weight
     assert isinstance(original, nn.Parameter)
     stored = W_OI.T.contiguous() if spec.transposed else W_OI
-    module.weight = nn.Parameter(stored.to(original.dtype), requires_grad=False)
+    module.weight = nn.Parameter(stored.to(dtype), requires_grad=False)
     try:
         yield
     finally:
