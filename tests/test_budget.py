@@ -68,3 +68,21 @@ def test_a_width_that_cannot_fit_is_refused_with_the_ratio_that_can(
     with pytest.raises(BudgetError, match=r"try a ratio below 3\.[5-9]"):
         compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
     assert not (tmp_path / "out").exists()
+
+
+def test_propagation_is_spent_where_the_loss_is_not_small_anyway(
+    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path
+) -> None:
+    ways = {
+        "small loss": ({"ratio": 1.5}, False),
+        "asked for": ({"ratio": 1.5, "propagate": True}, True),
+        "16 bit": ({"ratio": 1.5, "bits": "16"}, True),
+        "peer": ({"ratio": 1.5, "method": "svd-llm"}, False),
+    }
+    for name, (changes, expected) in ways.items():
+        settings = CompressionSettings(**changes)
+        manifest = compress(str(tiny_model_dir), tmp_path / name, settings, calibration)
+        assert manifest.propagated == expected, name
+        if name == "small loss":
+            assert manifest.expected_kl < 0.1
+            assert manifest.allocation == {}

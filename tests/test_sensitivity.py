@@ -1,0 +1,90 @@
+"""Probing: float32 arithmetic without a float32 model, and sensitivities that predict the output's loss."""
+
+from copy import deepcopy
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from lrsd.data import token_blocks
+from lrsd.model.layout import Layout, exchange_weight, find_layout, read_weight
+from lrsd.sensitivity import Perturbation, Probe, in_float32
+
+
+@pytest.fixture
+def model(tiny_model_dir: Path) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(tiny_model_dir).eval()
+
+
+@pytest.fixture
+def tokens(tokenizer, text_file: Path) -> Tensor:
+    return token_blocks(tokenizer, text_file.read_text(), samples=2, seqlen=64, seed=0)
+
+
+@torch.inference_mode()
+def test_widened_modules_compute_what_a_float32_copy_does_and_are_narrow_again(
+    model: PreTrainedModel, tokens: Tensor
+) -> None:
+    expected = deepcopy(model).float()(tokens).logits
+    before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+    with in_float32(model):
+        found = model(tokens).logits
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
+    assert {name: parameter.data_ptr() for name, parameter in model.named_parameters()} == before
+    assert model(tokens).logits.dtype == torch.bfloat16
+
+
+@torch.inference_mode()
+def test_weights_are_narrow_again_after_a_failure(model: PreTrainedModel) -> None:
+    with pytest.raises(IndexError), in_float32(model):
+        model(torch.full((1, 4), 10**6))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
+
+
+def perturbed(model: PreTrainedModel, layout: Layout, scale: float) -> dict[str, Perturbation]:
+    """Every weight with noise of this relative size; `error` is its square, which is all that matters."""
+    generator = torch.Generator().manual_seed(1)
+    found = {}
+    for name, spec in layout.linears.items():
+        W_OI = read_weight(model, spec)
+        noise = torch.randn(W_OI.shape, generator=generator) * W_OI.std() * scale
+        found[name] = Perturbation(spec, W_OI + noise, scale**2)
+    return found
+
+
+@torch.inference_mode()
+def test_shares_of_a_block_add_up_to_the_loss_of_the_block(model: PreTrainedModel, tokens: Tensor) -> None:
+    layout = find_layout(model)
+    probe = Probe(model, layout, tokens)
+    exact = deepcopy(model).float()
+    reference = log_softmax(exact(tokens).logits, -1)
+    for block in layout.blocks:
+        perturbations = perturbed(model, layout, 0.05)
+        members = [perturbations[spec.name] for group in block.groups for spec in group.linears]
+        measured = probe.measure(members)
+        probe.advance()
+        copy = deepcopy(exact)
+        for member in members:
+            exchange_weight(copy, member.spec, member.approximation_OI)
+        moved = log_softmax(copy(tokens).logits, -1)
+        # The probe reads every second token.
+        loss = float(kl_div(moved[:, ::2], reference[:, ::2], reduction="sum", log_target=True))
+        expected = 2 * loss / tokens.numel()
+        assert sum(measured.values()) * 0.05**2 == pytest.approx(expected, rel=1e-3)
+        assert min(measured.values()) > 0
+
+
+@torch.inference_mode()
+def test_the_layer_that_moves_the_output_more_gets_more(model: PreTrainedModel, tokens: Tensor) -> None:
+    layout = find_layout(model)
+    small, large = perturbed(model, layout, 0.01), perturbed(model, layout, 0.1)
+    names = [spec.name for group in layout.blocks[0].groups for spec in group.linears]
+    for loud in names:
+        members = [large[name] if name == loud else small[name] for name in names]
+        equal = [Perturbation(m.spec, m.approximation_OI, 1.0) for m in members]
+        measured = Probe(model, layout, tokens).measure(equal)
+        assert max(measured, key=measured.__getitem__) == loud
