@@ -12,8 +12,8 @@ import click
 
 CALIBRATION_KEYS = ("samples", "seqlen", "seed")
 SETTINGS_KEYS = (
-    "method", "structure", "bits", "coding", "group", "allocation", "rank", "propagate", "mean_correction",
-    "alternations", "dtype", "device", "batch",
+    "scope", "method", "structure", "bits", "coding", "group", "allocation", "rank", "propagate",
+    "mean_correction", "alternations", "dtype", "device", "batch",
 )  # fmt: skip
 
 _COMPRESS_EXAMPLES = """
@@ -125,7 +125,15 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     "--ratio",
     required=True,
     metavar="R",
-    help="16-bit bytes of the linear weights before / after: 1.25x, 1.25, or 80% kept.",
+    help="16-bit bytes before / after: 4x, 1.25, or 80% kept.",
+)
+@click.option(
+    "--scope",
+    default="linear",
+    show_default=True,
+    type=click.Choice(["linear", "checkpoint"]),
+    help="What --ratio is of: the linear weights, or the whole checkpoint, embeddings and head then "
+    "being stored in 8 bit.",
 )
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New directory for the checkpoint.")
 @click.option(

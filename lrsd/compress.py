@@ -5,27 +5,25 @@ import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from lrsd.config import CalibrationSettings, CompressionSettings, recipe
 from lrsd.data import read_text, self_calibration, token_blocks
-from lrsd.errors import InputError
+from lrsd.errors import BudgetError, InputError
 from lrsd.fit import Fitted, fit_blocks
+from lrsd.model.embedding import embedding_names, pack_embeddings, packed_bytes
 from lrsd.model.hf import mark_packed
 from lrsd.model.layout import find_layout
 from lrsd.model.load import LoadedModel, check_finite, fingerprint, load_model
 from lrsd.model.replay import Replay, Stream
-from lrsd.numerics.allocate import (
-    LayerCurve,
-    dense_bytes,
-    plan_bytes,
-)
+from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, dense_bytes, plan_bytes
 from lrsd.plan import Choice, choose_plan
 from lrsd.progress import Progress
 from lrsd.report import model_card
@@ -40,6 +38,8 @@ from lrsd.storage.checkpoint import (
 )
 from lrsd.survey import Survey, survey_model
 
+# Of the linear weights, where 8-bit embeddings alone already meet the ratio of the checkpoint.
+_LEAST_RATIO = 1.001
 # Time of the fit over time of the survey, as measured on SmolLM2-135M; for the dry run's guess only.
 _FIT_PER_SURVEY = 1.3
 
@@ -98,6 +98,7 @@ class Prepared:
     survey: Survey
     choice: Choice
     budget: int
+    checkpoint_bytes: int
     seconds: dict[str, float]
 
     @property
@@ -154,6 +155,10 @@ def prepare(
         for name, parameter in loaded.model.named_parameters():
             check_finite(name, parameter)
         identity = fingerprint(loaded.model)
+        linear = sum(spec.shape.dense_bytes for spec in layout.linears.values())
+        budget = linear_budget(loaded.model, linear, settings)
+        # From here on the ratio is that of the linear weights, whatever it was asked of.
+        settings = replace(settings, ratio=linear / budget)
     with clock("calibration text"):
         tokens = calibration_tokens(loaded, identity, calibration, progress)
     with clock("survey"):
@@ -161,9 +166,33 @@ def prepare(
         progress.stage("survey", len(layout.blocks))
         survey = survey_model(replay, stream, tokens, settings, progress.step)
     with clock("allocate"):
-        budget = int(dense_bytes(survey.curves) / settings.ratio)
         choice = choose_plan(replay, survey, tokens, budget, settings, progress)
-    return Prepared(loaded, identity, tokens, replay, stream, survey, choice, budget, clock.seconds)
+    whole = checkpoint_bytes(loaded.model)
+    return Prepared(loaded, identity, tokens, replay, stream, survey, choice, budget, whole, clock.seconds)
+
+
+def linear_budget(model: PreTrainedModel, linear: int, settings: CompressionSettings) -> int:
+    """Bytes that the linear weights may take, `linear` being what they take at 16 bit.
+
+    Raises: BudgetError if what else is in the checkpoint leaves nothing for them.
+    """
+    if settings.scope == "linear":
+        return int(linear / settings.ratio)
+    whole = checkpoint_bytes(model)
+    dense, packed = packed_bytes(model, embedding_names(model))
+    rest = whole - linear - dense + packed
+    budget = int(whole / settings.ratio) - rest
+    if budget <= 0:
+        raise BudgetError(
+            f"ratio {settings.ratio:.4g}x leaves {int(whole / settings.ratio):,} bytes for the checkpoint, "
+            f"but embeddings at 8 bit and norms alone take {rest:,}; try a ratio below {whole / rest:.3g}x"
+        )
+    return min(budget, int(linear / _LEAST_RATIO))
+
+
+def checkpoint_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all weights at 16 bit, tied ones once."""
+    return sum(VALUE_BYTES * parameter.numel() for parameter in model.parameters())
 
 
 def calibration_tokens(
@@ -195,7 +224,10 @@ def write_checkpoint(
     for name, layer in fitted.items():
         if layer.packed is not None:
             loaded.model.set_submodule(name, layer.packed)
-    mark_packed(loaded.model, formats)
+    whole = prepared.checkpoint_bytes
+    embeddings = embedding_names(loaded.model) if settings.scope == "checkpoint" else ()
+    pack_embeddings(loaded.model, embeddings)
+    mark_packed(loaded.model, formats, embeddings)
     with new_directory(output) as aside:
         loaded.model.save_pretrained(aside)
         loaded.tokenizer.save_pretrained(aside)
@@ -212,7 +244,7 @@ def write_checkpoint(
             calibration=asdict(calibration),
             settings=asdict(settings),
             ratio=total / added,
-            checkpoint_ratio=(everything - added + total) / everything,
+            checkpoint_ratio=whole / everything,
             linear_bytes=added,
             dense_linear_bytes=total,
             budget_bytes=prepared.budget,

@@ -12,6 +12,7 @@ Structure = Literal["auto", "column", "row", "unstructured", "none"]
 Allocation = Literal["auto", "kl", "uniform", "energy"]
 Bits = Literal["auto", "16", "8", "6", "5", "4", "3", "2"]
 Coding = Literal["entropy", "fixed"]
+Scope = Literal["linear", "checkpoint"]
 Dtype = Literal["auto", "bfloat16", "float16"]
 
 
@@ -38,7 +39,8 @@ class CalibrationSettings:
 class CompressionSettings:
     """What is fitted and within which bytes.
 
-    ratio: 16-bit bytes of the linear weights before / after. method: "lrsd", or a published method
+    ratio: 16-bit bytes before / after. scope: of the linear weights, or of the whole checkpoint, whose
+    embeddings and head are then stored in 8 bit. method: "lrsd", or a published method
     as a preset of the same solver. structure: which channels S may keep. allocation: how bytes are
     shared among layers; "auto" is the best of several on held-out text for lrsd, one energy threshold
     for ssd, equal shares for the others. bits: width of the codes that S may use; 16: none, low rank and
@@ -50,6 +52,7 @@ class CompressionSettings:
     """
 
     ratio: float
+    scope: Scope = "linear"
     method: Method = "lrsd"
     structure: Structure = "auto"
     allocation: Allocation = "auto"
@@ -69,7 +72,7 @@ class CompressionSettings:
             raise SettingsError(f"ratio must be above 1x, got {self.ratio:g}x; try 1.25x or 80%")
         for name, allowed in (
             ("method", Method), ("structure", Structure), ("allocation", Allocation), ("dtype", Dtype),
-            ("bits", Bits), ("coding", Coding),
+            ("bits", Bits), ("coding", Coding), ("scope", Scope),
         ):  # fmt: skip
             _one_of(name, getattr(self, name), get_args(allowed))
         _at_least("alternations", self.alternations, 1)

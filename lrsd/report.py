@@ -17,11 +17,13 @@ if TYPE_CHECKING:
 def summary_lines(manifest: Manifest) -> list[str]:
     """A few lines: ratios, bits, multiply-adds, time."""
     kinds = _kinds(manifest)
+    whole = manifest.settings.get("scope") == "checkpoint"
+    kept = "embeddings and head in 8 bit" if whole else "embeddings, head and norms are kept"
     seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in manifest.seconds.items())
     return [
         f"linear weights  {_mb(manifest.dense_linear_bytes)} -> {_mb(manifest.linear_bytes)}, "
         f"{manifest.ratio:.4g}x, {manifest.bits_per_weight:.3g} bits per weight",
-        f"checkpoint      {manifest.checkpoint_ratio:.4g}x as a whole (embeddings and norms are kept)",
+        f"checkpoint      {manifest.checkpoint_ratio:.4g}x as a whole ({kept})",
         f"multiply-adds   {manifest.macs_per_token / 1e6:.1f} M per token in the linear weights, "
         f"dense {manifest.dense_macs_per_token / 1e6:.1f} M",
         f"layers          {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",

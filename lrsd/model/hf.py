@@ -17,6 +17,7 @@ from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrsd.errors import CheckpointError
+from lrsd.model.embedding import embedding_names, insert_embeddings, restore_embeddings
 from lrsd.model.linear import LayerFormat, LowRankSparseLinear
 from lrsd.numerics.allocate import Shape
 
@@ -27,14 +28,20 @@ _LARGEST_EXPONENT = 8 * 127
 
 @register_quantization_config("lrsd")
 class LrsdConfig(QuantizationConfigMixin):
-    """`quantization_config` of config.json: the format of every packed layer, by module name."""
+    """`quantization_config` of config.json: the format of every packed layer, by module name, and the
+    names of embedding and head where these are in 8 bit."""
 
     def __init__(
-        self, layers: dict[str, dict[str, Any]] | None = None, format_version: int = FORMAT_VERSION, **_: Any
+        self,
+        layers: dict[str, dict[str, Any]] | None = None,
+        format_version: int = FORMAT_VERSION,
+        embeddings: list[str] | None = None,
+        **_: Any,
     ) -> None:
         self.quant_method = "lrsd"  # type: ignore[assignment]  # transformers names its own methods only
         self.format_version = format_version
         self.layers = layers or {}
+        self.embeddings = list(embeddings or [])
         if format_version != FORMAT_VERSION:
             raise CheckpointError(
                 f"checkpoint has format version {format_version}, this lrsd reads {FORMAT_VERSION}; "
@@ -83,9 +90,16 @@ class LrsdQuantizer(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
-        insert_packed(model, self.quantization_config.formats())
+        config = self.quantization_config
+        insert_packed(model, config.formats())
+        if not set(config.embeddings) <= set(embedding_names(model)):
+            raise CheckpointError(
+                f"config.json has embeddings {config.embeddings} in 8 bit; {type(model).__name__} can have "
+                f"{list(embedding_names(model))}"
+            )
+        insert_embeddings(model, config.embeddings)
         if checkpoint_files:
-            _require_tensors(model, self.quantization_config.layers, checkpoint_files)
+            _require_tensors(model, [*config.layers, *config.embeddings], checkpoint_files)
         return model
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
@@ -93,6 +107,7 @@ class LrsdQuantizer(HfQuantizer):
             packed = model.get_submodule(name)
             assert isinstance(packed, LowRankSparseLinear)
             model.set_submodule(name, packed.to_dense(dtype or packed.weight.dtype))
+        restore_embeddings(model, self.quantization_config.embeddings, dtype)
         return model
 
     def is_serializable(self) -> bool:
@@ -132,9 +147,12 @@ def insert_packed(model: PreTrainedModel, formats: dict[str, LayerFormat]) -> No
         model.set_submodule(name, LowRankSparseLinear(Shape(*sizes), layout, old.weight.dtype))
 
 
-def mark_packed(model: PreTrainedModel, formats: dict[str, LayerFormat]) -> None:
+def mark_packed(
+    model: PreTrainedModel, formats: dict[str, LayerFormat], embeddings: Iterable[str] = ()
+) -> None:
     """Make `save_pretrained` write the packed form of a model whose layers were replaced in memory."""
-    config = LrsdConfig(layers={name: layout.to_dict() for name, layout in formats.items()})
+    layers = {name: layout.to_dict() for name, layout in formats.items()}
+    config = LrsdConfig(layers=layers, embeddings=list(embeddings))
     model.config.quantization_config = config
     state = {"hf_quantizer": LrsdQuantizer(config), "is_quantized": True, "quantization_method": "lrsd"}
     for name, value in state.items():

@@ -185,7 +185,8 @@ def export_dense(
     packing = config.pop("quantization_config", None)
     if not isinstance(packing, dict) or packing.get("quant_method") != "lrsd":
         raise CheckpointError(f"{directory} is not compressed by lrsd; nothing to export")
-    formats = LrsdConfig(**packing).formats()
+    packed = LrsdConfig(**packing)
+    formats = packed.formats()
     corrected = [name for name, layout in formats.items() if layout.added_bias]
     if corrected:
         raise CheckpointError(
@@ -204,7 +205,7 @@ def export_dense(
     total = 0
     with new_directory(target) as aside:
         for shard, name in files.items():
-            tensors = _dense_tensors(owners, shard, formats, progress)
+            tensors = _dense_tensors(owners, shard, formats, packed.embeddings, progress)
             save_file(tensors, aside / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -226,14 +227,22 @@ _PACKED_ONLY = {"config.json", MANIFEST_NAME, RECIPE_NAME, "model.safetensors.in
 
 
 def _dense_tensors(
-    owners: dict[str, Path], shard: Path, formats: dict[str, LayerFormat], progress: Callable[[str], None]
+    owners: dict[str, Path],
+    shard: Path,
+    formats: dict[str, LayerFormat],
+    embeddings: list[str],
+    progress: Callable[[str], None],
 ) -> dict[str, torch.Tensor]:
     """The tensors of one shard, those of packed layers unpacked beside their `weight`."""
     dense: dict[str, torch.Tensor] = {}
     with safe_open(shard, framework="pt") as file:
         for key in sorted(file.keys()):
             layer, _, part = key.rpartition(".")
-            if layer not in formats:
+            if layer in embeddings:
+                if part == "weight":
+                    scales = _read_tensor(owners, f"{layer}.scales")
+                    dense[key] = file.get_tensor(key).to(scales.dtype) * scales[:, None]
+            elif layer not in formats:
                 dense[key] = file.get_tensor(key)
             elif part == "weight":
                 module = _read_packed(layer, formats[layer], owners).to_dense(file.get_tensor(key).dtype)
@@ -254,6 +263,13 @@ def _owners(shards: list[Path]) -> dict[str, Path]:
         except SafetensorError as error:
             raise CheckpointError(f"{shard} is damaged: {error}") from error
     return owners
+
+
+def _read_tensor(owners: dict[str, Path], key: str) -> torch.Tensor:
+    if key not in owners:
+        raise CheckpointError(f"the checkpoint lacks {key}; it is incomplete: copy or compress it again")
+    with safe_open(owners[key], framework="pt") as file:
+        return file.get_tensor(key)
 
 
 def _read_packed(layer: str, layout: LayerFormat, owners: dict[str, Path]) -> LowRankSparseLinear:

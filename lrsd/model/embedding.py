@@ -1,0 +1,145 @@
+"""Embeddings and head in 8 bit: one scale per token's row."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+from transformers import PreTrainedModel
+
+# Largest code: rows are scaled by their largest magnitude, symmetrically.
+_TOP = 127
+
+
+class Int8Embedding(nn.Module):
+    """weight (V, D) int8, scales (V,): row v is weight[v] * scales[v]."""
+
+    def __init__(self, rows: int, columns: int, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rows, columns, dtype=torch.int8), requires_grad=False)
+        self.scales = nn.Parameter(torch.zeros(rows, dtype=dtype), requires_grad=False)
+
+    @classmethod
+    def pack(cls, weight_VD: Tensor) -> "Int8Embedding":
+        """Each row to the nearest multiples of its largest magnitude / 127."""
+        packed = cls(weight_VD.shape[0], weight_VD.shape[1], weight_VD.dtype).to(weight_VD.device)
+        scales_V = (weight_VD.float().abs().amax(1) / _TOP).to(weight_VD.dtype)
+        safe_V = torch.where(scales_V > 0, scales_V, torch.ones_like(scales_V)).float()
+        codes_VD = (weight_VD.float() / safe_V[:, None]).round().clamp(-_TOP, _TOP)
+        with torch.no_grad():
+            packed.scales.copy_(scales_V)
+            packed.weight.copy_(codes_VD)
+        return packed
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return self.weight[tokens].to(self.scales.dtype) * self.scales[tokens][..., None]
+
+    def dense_weight(self) -> Tensor:
+        """(V, D) in the scales' type."""
+        return self.weight.to(self.scales.dtype) * self.scales[:, None]
+
+
+class Int8Head(nn.Module):
+    """The logits of an `Int8Embedding`: its own, or the one that feeds the model, where they are tied."""
+
+    def __init__(self, rows: Int8Embedding, *, tied: bool) -> None:
+        super().__init__()
+        self.tied = tied
+        self._tied_rows: list[Int8Embedding] = [rows] if tied else []  # in a list: no submodule of the head
+        if not tied:
+            self.weight, self.scales = rows.weight, rows.scales
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, scales = self._stored()
+        return linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+
+    def dense_weight(self) -> Tensor:
+        """(V, D) in the scales' type."""
+        weight, scales = self._stored()
+        return weight.to(scales.dtype) * scales[:, None]
+
+    def _stored(self) -> tuple[Tensor, Tensor]:
+        source = self._tied_rows[0] if self.tied else self
+        weight, scales = source.weight, source.scales
+        assert isinstance(weight, Tensor)
+        assert isinstance(scales, Tensor)
+        return weight, scales
+
+
+def embedding_names(model: PreTrainedModel) -> tuple[str, ...]:
+    """Names of the token embedding and the head, where they are a plain nn.Embedding and nn.Linear without
+    bias; others (scaled embeddings, heads with a bias) stay at 16 bit."""
+    names = {module: name for name, module in model.named_modules()}
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    found = []
+    if type(embedding) is nn.Embedding:
+        found.append(names[embedding])
+    if type(head) is nn.Linear and head.bias is None and (found or not is_tied(model)):
+        found.append(names[head])
+    return tuple(found)
+
+
+def is_tied(model: PreTrainedModel) -> bool:
+    """Whether the head uses the token embedding's own weight."""
+    head = model.get_output_embeddings()
+    if isinstance(head, Int8Head):
+        return head.tied
+    names = [name for name, module in model.named_modules() if module is head]
+    return any(key == f"{name}.weight" for name in names for key in model.all_tied_weights_keys)
+
+
+def packed_bytes(model: PreTrainedModel, names: Iterable[str]) -> tuple[int, int]:
+    """Bytes of these embeddings at 16 bit and at 8 with their scales, a tied head counted once."""
+    weights = {model.get_submodule(name).weight for name in names}
+    matrices = [weight for weight in weights if isinstance(weight, Tensor)]
+    dense = sum(2 * weight.numel() for weight in matrices)
+    rows = sum(weight.shape[0] for weight in matrices)
+    return dense, dense // 2 + 2 * rows
+
+
+def pack_embeddings(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """Exchange the named embedding and head for 8-bit ones, values included."""
+    _exchange(model, names, Int8Embedding.pack)
+
+
+def insert_embeddings(model: PreTrainedModel, names: Iterable[str]) -> None:
+    """The same, empty: before a checkpoint is read into the model."""
+    _exchange(model, names, lambda weight: Int8Embedding(weight.shape[0], weight.shape[1], weight.dtype))
+
+
+def restore_embeddings(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype | None) -> None:
+    """Plain nn.Embedding and nn.Linear again, tied as before."""
+    shared: nn.Parameter | None = None
+    for name in names:
+        packed = model.get_submodule(name)
+        assert isinstance(packed, Int8Embedding | Int8Head)
+        if isinstance(packed, Int8Head) and packed.tied and shared is not None:
+            weight = shared
+        else:
+            values_VD = packed.dense_weight()
+            weight = nn.Parameter(values_VD.to(dtype or values_VD.dtype), requires_grad=False)
+        shared = weight
+        rows, columns = weight.shape
+        dense: Any = (
+            nn.Linear(columns, rows, bias=False, device="meta")
+            if isinstance(packed, Int8Head)
+            else nn.Embedding(rows, columns, device="meta")
+        )
+        dense.weight = weight
+        model.set_submodule(name, dense)
+
+
+def _exchange(model: PreTrainedModel, names: Iterable[str], pack: Any) -> None:
+    tied, first = is_tied(model), None
+    for name in names:
+        old = model.get_submodule(name)
+        if isinstance(old, nn.Linear):
+            rows = first if tied and first is not None else pack(old.weight)
+            model.set_submodule(name, Int8Head(rows, tied=tied))
+            # The tie is in the module now; transformers would look for a weight of the head's own.
+            for key in [k for k in model.all_tied_weights_keys if k.startswith(f"{name}.")]:
+                model.all_tied_weights_keys.pop(key)
+        else:
+            first = pack(old.weight)
+            model.set_submodule(name, first)
