@@ -63,7 +63,7 @@ def fit_blocks(
     model = replay.model
     progress.stage("compress", len(replay.layout.blocks))
     fitted: dict[str, Fitted] = {}
-    purse = _Purse(choice.plan, survey.curves, budget)
+    purse = Purse(choice.plan, survey.curves, budget)
     dense_stream = stream
     for index, block in enumerate(replay.layout.blocks):
         after: Stream | None = None
@@ -90,7 +90,7 @@ def fit_blocks(
     return fitted
 
 
-class _Purse:
+class Purse:
     """Keeps the sum of all layers at the budget although entropy-coded ones come out a little larger or
     smaller than planned: what is over or short is shared by the coded layers still to come, through
     their steps, and the last of them is fitted to what is left.
@@ -247,7 +247,7 @@ def _fit_layer(
     spec: LinearSpec,
     aim: _Aim,
     curve: LayerCurve,
-    purse: _Purse,
+    purse: Purse,
     settings: CompressionSettings,
     carry: Feedback | None,
 ) -> Fitted:

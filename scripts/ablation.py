@@ -41,7 +41,6 @@ WITH_CODES = {
 def main() -> None:
     options = parser(__doc__ or "")
     options.add_argument("--ratios", type=float, nargs="+", default=[4.0, 16 / 3])
-    options.add_argument("--bits", default="auto", choices=["auto", "16"])
     options.add_argument("--only", nargs="+", default=None, metavar="VARIANT")
     args = options.parse_args()
     bench = Bench(args)

@@ -55,6 +55,7 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--windows", type=int, default=12)
     options.add_argument("--length", type=int, default=1024, help="tokens per evaluation window")
+    options.add_argument("--bits", default="auto", choices=["auto", "16"], help="16: no rounding")
     options.add_argument("--threads", type=int, default=None)
     options.add_argument("--json", default=None, metavar="FILE", help="also write the rows to FILE")
     return options

@@ -2,7 +2,7 @@
 
 Example (the README's table):
   python scripts/bench_quality.py --calib wiki.valid.raw --eval wiki.test.raw
-  python scripts/bench_quality.py --calib ... --eval ... --ratios 1.1 1.25 1.5 2 3 --methods lrsd
+  python scripts/bench_quality.py --calib ... --eval ... --ratios 1.1 1.25 1.5 2 3 --methods lrsd --bits 16
 """
 
 from bench import Bench, parser
@@ -12,14 +12,15 @@ from lrsd.config import CompressionSettings
 
 def main() -> None:
     options = parser(__doc__ or "")
-    options.add_argument("--ratios", type=float, nargs="+", default=[1.25])
-    options.add_argument("--methods", nargs="+", default=["svd-llm", "ssd", "lrsd"])
+    options.add_argument("--ratios", type=float, nargs="+", default=[4.0])
+    options.add_argument("--methods", nargs="+", default=["gptq", "lrsd"])
     args = options.parse_args()
     bench = Bench(args)
     bench.run_dense()
     for ratio in args.ratios:
         for method in args.methods:
-            bench.run(f"{method} {ratio:g}x", CompressionSettings(ratio=ratio, method=method))
+            bits = args.bits if method == "lrsd" else "auto"
+            bench.run(f"{method} {ratio:g}x", CompressionSettings(ratio=ratio, method=method, bits=bits))
     print(bench.table())
 
 

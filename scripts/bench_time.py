@@ -3,7 +3,7 @@
 Both in this process, on this machine, one after the other.
 
 Example:
-  python scripts/bench_time.py --calib wiki.valid.raw --eval wiki.test.raw
+  python scripts/bench_time.py --calib wiki.valid.raw --eval wiki.test.raw --bits 16
 """
 
 import time
@@ -31,7 +31,7 @@ def main() -> None:
             dense.model(batch, use_cache=False)
         forward = time.perf_counter() - start
     del dense
-    row = bench.run(f"lrsd {args.ratio:g}x", CompressionSettings(ratio=args.ratio))
+    row = bench.run(f"lrsd {args.ratio:g}x", CompressionSettings(ratio=args.ratio, bits=args.bits))
     print(f"one dense float32 forward pass over {tokens.numel():,} tokens: {forward:.1f} s")
     print(
         f"the whole compression: {row['seconds']:.1f} s = {row['seconds'] / forward:.2f} x  {row['phases']}"

@@ -8,6 +8,8 @@ import pytest
 from lrsd.compress import compress
 from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.errors import BudgetError
+from lrsd.fit import Purse
+from lrsd.numerics.allocate import Codes, LayerCurve, LayerPlan, Shape
 from lrsd.storage.checkpoint import stored_bytes
 
 
@@ -68,6 +70,20 @@ def test_a_width_that_cannot_fit_is_refused_with_the_ratio_that_can(
     with pytest.raises(BudgetError, match=r"try a ratio below 3\.[5-9]"):
         compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_a_layer_takes_too_much_is_shared_by_those_to_come() -> None:
+    shape = Shape(64, 100)
+    plans = {name: LayerPlan(0, codes=Codes(2000, step=1.0)) for name in ("first", "second", "third")}
+    curves = {name: LayerCurve(shape, ()) for name in plans}
+    purse = Purse(plans, curves, 6000)
+    assert purse.plan("first").codes.step == 1.0
+    purse.pay("first", 2000 + 160)
+    # 160 bytes over 12,800 weights: a tenth of a bit each.
+    assert purse.plan("second").codes.step == pytest.approx(2**0.1)
+    assert purse.limit("second") is None
+    purse.pay("second", 1900)
+    assert purse.limit("third") == 6000 - 2160 - 1900
 
 
 def test_propagation_is_spent_where_the_loss_is_not_small_anyway(

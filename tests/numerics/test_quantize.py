@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrsd.numerics.allocate import grid_bytes
 from lrsd.numerics.coding import entropy_encode
+from lrsd.numerics.lowrank import spectrum
 from lrsd.numerics.moments import energy
 from lrsd.numerics.quantize import (
     GridCodes,
@@ -128,6 +129,26 @@ def test_what_a_lattice_is_said_to_cost_and_lose_is_what_it_does(
     assert plan.error == pytest.approx(relative_error(W_OI, codes.dense().double(), gram_II), rel=0.08)
 
 
+def test_codes_beside_low_rank_are_said_to_cost_what_they_do(generator: torch.Generator) -> None:
+    layer = random_layer(generator, 512, 128)
+    noise, left, right = (
+        torch.randn(*s, generator=generator).double() for s in ((512, 128), (512, 6), (6, 128))
+    )
+    W_OI = noise + left @ right
+    gram_II = layer.gram + layer.gram.diagonal().mean() * torch.eye(128, dtype=torch.float64)
+    carry, total = feedback(gram_II), energy(W_OI, gram_II)
+    plans = lattice_plans(W_OI, carry, spectrum(W_OI, gram_II), total, [0, 6])
+    beside = [plan for plan in plans if plan.rank == 6]
+    plan = min(beside, key=lambda p: abs(p.codes.nbytes - 3 * W_OI.numel() / 8))
+    split, _ = columns_beside_codes(W_OI, gram_II, 0, carry)
+    found = decompose_coded(W_OI, gram_II, quantiser(plan.codes), split, carry, rank=6, iterations=2)
+    size = entropy_encode(found.codes.codes_OI).numel() + 128
+    assert plan.codes.nbytes == pytest.approx(size, rel=0.04)
+    assert plan.error == pytest.approx(found.error, rel=0.15)
+    alone = min((p for p in plans if p.rank == 0), key=lambda p: abs(p.codes.step - plan.codes.step))
+    assert plan.codes.nbytes < 0.8 * alone.codes.nbytes
+
+
 def test_finer_steps_and_more_bits_err_less(generator: torch.Generator) -> None:
     layer = random_layer(generator, 64, 48)
     carry = feedback(layer.gram)
@@ -179,6 +200,9 @@ def test_low_rank_and_kept_columns_beside_codes_only_help(
     assert found.error == min(found.history)
     assert len(found.history) == (4 if rank else 1)
     assert found.error <= plain.error * (0.8 if rank or columns else 1)
+    # The kept columns make up for all that they can: the error is orthogonal to their inputs.
+    left_OK = (layer.W_OI - found.dense()) @ layer.gram[:, found.columns_K]
+    assert float(left_OK.abs().max() if columns else 0) <= 1e-6 * float((layer.W_OI @ layer.gram).abs().max())
 
 
 def test_the_low_rank_part_is_the_optimum_for_the_codes_it_stands_beside(
