@@ -187,7 +187,7 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     show_default=True,
     type=click.Choice(["auto", "kl", "uniform", "energy"]),
     help="How layers share the bytes: by their effect on the output (kl), equally, or by one energy "
-    "threshold; auto keeps the best on held-out text (published methods: their own rule).",
+    "threshold; auto: kl, checked against equal shares on held-out text (published methods: their own rule).",
 )
 @click.option(
     "--rank",

@@ -42,7 +42,7 @@ class CompressionSettings:
     ratio: 16-bit bytes before / after. scope: of the linear weights, or of the whole checkpoint, whose
     embeddings and head are then stored in 8 bit. method: "lrsd", or a published method
     as a preset of the same solver. structure: which channels S may keep. allocation: how bytes are
-    shared among layers; "auto" is the best of several on held-out text for lrsd, one energy threshold
+    shared among layers; "auto" is kl for lrsd, checked on held-out text, one energy threshold
     for ssd, equal shares for the others. bits: width of the codes that S may use; 16: none, low rank and
     kept channels only. coding: of the codes, where bits is auto: entropy coded, or of a fixed width that
     is chosen per layer; any other width is fixed. group: columns per scale and zero at a fixed width.

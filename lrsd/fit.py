@@ -285,7 +285,7 @@ def _fit_layer(
     exchange_weight(model, spec, W_OI)
     if bias_O is not None:
         model.get_submodule(spec.name).bias = nn.Parameter(bias_O.to(dtype), requires_grad=False)
-    error = relative_error(aim.W_OI, W_OI, aim.gram_II)
+    error = relative_error(aim.W_OI.float(), W_OI.float(), aim.gram_II.float())
     return Fitted(packed, plan, error, aim.blend, found.status, found.history)
 
 

@@ -60,8 +60,8 @@ def choose_plan(
     """Share the budget among the layers, and decide on propagation.
 
     "auto" allocates by sensitivities as measured. Where these promise a small loss the promise holds:
-    sensitivities are first-order. Otherwise their square roots (bolder and more timid) and equal shares
-    are tried too, on held-out calibration text without propagation, and the best plan is kept.
+    sensitivities are first-order. Otherwise equal shares are tried too, on held-out calibration text
+    without propagation, and the better plan is kept.
     """
     curves, sensitivity = survey.curves, survey.sensitivity
     floor = _FLOOR / settings.ratio
@@ -86,12 +86,7 @@ def choose_plan(
     assert first.expected_kl is not None
     if settings.allocates_by == "kl" or (has_codes(settings) and first.expected_kl < _SMALL_KL):
         return first
-    timid = {name: weight**0.5 for name, weight in sensitivity.items()}
-    plans = {
-        "kl": first.plan,
-        "sqrt-kl": allocate_by_weight(curves, timid, budget, floor),
-        "uniform": allocate_uniform(curves, budget),
-    }
+    plans = {"kl": first.plan, "uniform": allocate_uniform(curves, budget)}
     progress.stage("compare plans", len(plans))
     compared = {}
     for name, plan in plans.items():
