@@ -40,8 +40,9 @@ from lrsd.survey import Survey, survey_model
 
 # Of the linear weights, where 8-bit embeddings alone already meet the ratio of the checkpoint.
 _LEAST_RATIO = 1.001
-# Time of the fit over time of the survey, as measured on SmolLM2-135M; for the dry run's guess only.
-_FIT_PER_SURVEY = 1.3
+# Time of the fit over time of the survey, with propagation and without, as `scripts/bench_time.py` and
+# `scripts/bench_peer_time.py` measured it on SmolLM2-135M; for the dry run's guess only.
+_FIT_PER_SURVEY = {True: 1.5, False: 0.3}
 
 
 @dataclass
@@ -108,7 +109,7 @@ class Prepared:
     @property
     def remaining_seconds(self) -> float:
         """A rough guess at the fit, from the survey, which runs the same model over the same tokens."""
-        return _FIT_PER_SURVEY * self.seconds["survey"]
+        return _FIT_PER_SURVEY[self.choice.propagate] * self.seconds["survey"]
 
     def to_dict(self) -> dict[str, Any]:
         return {

@@ -39,8 +39,10 @@ def lattice_plans(
 ) -> tuple[LayerPlan, ...]:
     """Entropy-coded codes beside each of these ranks, over a ladder of steps.
 
-    A column is taken as normally distributed, which real ones are to within 5 % of the error and 2 %
-    of the entropy; what is left after rank r comes from the spectrum.
+    A column is taken as normally distributed: with x_j its deviation in steps, bytes are the mean over
+    columns of the entropy of round(x_j z), z ~ N(0, 1), and the error is the sum of its mean squared
+    errors times O step^2 / tr(W G W^T). The error comes out too high where massive activations make the
+    damping inside the feedback count. What is left of a column after rank r comes from the spectrum.
 
     Args: carry: feedback of the layer's metric; whole: spectrum of W in it, None if only rank 0 is
         asked for; total: tr(W G W^T).
