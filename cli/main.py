@@ -56,6 +56,9 @@ def main() -> None:
         code = 130
     except click.ClickException as error:
         code = _wrong_usage(error)
+    except SystemExit as stop:
+        click.echo("terminated; nothing was written", err=True)
+        code = stop.code
     except BrokenPipeError:
         sys.stderr.close()
         code = 0
@@ -87,8 +90,9 @@ def _report(error: Exception) -> int:
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:
-    click.echo("terminated; nothing was written", err=True)
-    sys.exit(128 + number)
+    """Says nothing itself: the signal may have come in the middle of a line to stderr, and Python's
+    streams refuse a second writer."""
+    raise SystemExit(128 + number)
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})

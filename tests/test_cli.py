@@ -240,3 +240,31 @@ def test_a_run_stopped_while_writing_leaves_nothing_behind(
     assert isinstance(result.exception, SystemExit)
     assert "Aborted!" in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_signal_amid_a_line_of_progress_stops_as_any_other(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The stream sends SIGTERM to its own process while it writes its first line."""
+    program = """
+import io, os, signal, sys
+class Raw(io.FileIO):
+    sent = False
+    def write(self, data):
+        written = super().write(data)
+        if not Raw.sent and b"survey" in bytes(data):
+            Raw.sent = True
+            os.kill(os.getpid(), signal.SIGTERM)
+        return written
+sys.stderr = io.TextIOWrapper(io.BufferedWriter(Raw(2, "w")), line_buffering=True)
+from lrsd_cli.main import main
+main()
+"""
+    arguments = ["compress", tiny_model_dir, "--ratio", "2", "--calib", text_file, *SMALL]
+    done = subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments), "-o", tmp_path / "new"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 143
+    assert done.stderr.splitlines()[-1] == "terminated; nothing was written"
+    assert list(tmp_path.iterdir()) == []
