@@ -261,7 +261,10 @@ class LowRankSparseLinear(nn.Module):
                 try:
                     sorted_CO = entropy_decode(self.codes, self.out_features * columns).view(columns, -1)
                 except ValueError as error:
-                    raise CheckpointError(f"packed layer of {self.layout}: {error}") from error
+                    raise CheckpointError(
+                        f"the codes of a {self.out_features} x {self.in_features} layer cannot be read: {error}; "
+                        "the checkpoint is damaged: copy or compress it again"
+                    ) from error
                 codes_OC = sorted_CO[self.steps.argsort(stable=True).argsort()].T
             self._integers = codes_OC.to(_narrowest(codes_OC)).contiguous()
         return self._integers
