@@ -262,8 +262,8 @@ class LowRankSparseLinear(nn.Module):
                     sorted_CO = entropy_decode(self.codes, self.out_features * columns).view(columns, -1)
                 except ValueError as error:
                     raise CheckpointError(
-                        f"the codes of a {self.out_features} x {self.in_features} layer cannot be read: {error}; "
-                        "the checkpoint is damaged: copy or compress it again"
+                        f"the codes of a {self.out_features} x {self.in_features} layer cannot be read: "
+                        f"{error}; the checkpoint is damaged: copy or compress it again"
                     ) from error
                 codes_OC = sorted_CO[self.steps.argsort(stable=True).argsort()].T
             self._integers = codes_OC.to(_narrowest(codes_OC)).contiguous()
