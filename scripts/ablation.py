@@ -44,7 +44,6 @@ def main() -> None:
     options.add_argument("--only", nargs="+", default=None, metavar="VARIANT")
     args = options.parse_args()
     bench = Bench(args)
-    bench.run_dense()
     shared = bench.share_survey()
     variants = AT_16_BIT if args.bits == "16" else WITH_CODES
     for ratio in args.ratios:

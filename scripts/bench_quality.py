@@ -16,7 +16,6 @@ def main() -> None:
     options.add_argument("--methods", nargs="+", default=["gptq", "lrsd"])
     args = options.parse_args()
     bench = Bench(args)
-    bench.run_dense()
     for ratio in args.ratios:
         for method in args.methods:
             bits = args.bits if method == "lrsd" else "auto"
