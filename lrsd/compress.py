@@ -2,6 +2,7 @@
 
 import json
 import platform
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from lrsd.config import CalibrationSettings, CompressionSettings, recipe
 from lrsd.data import read_text, self_calibration, token_blocks
 from lrsd.errors import BudgetError, InputError
 from lrsd.fit import Fitted, fit_blocks
+from lrsd.memory import current_rss, peak_rss, predicted_peak
 from lrsd.model.embedding import embedding_names, pack_embeddings, packed_bytes
 from lrsd.model.hf import mark_packed
 from lrsd.model.layout import find_layout
@@ -33,9 +35,11 @@ from lrsd.storage.checkpoint import (
     Manifest,
     new_directory,
     require_free,
+    scratch_directory,
     stored_bytes,
     write_manifest,
 )
+from lrsd.storage.moments import MomentStore
 from lrsd.survey import Survey, survey_model
 
 # Of the linear weights, where 8-bit embeddings alone already meet the ratio of the checkpoint.
@@ -76,8 +80,8 @@ def compress(
     """
     require_free(output)
     progress, clock = progress or Progress(), Clock()
-    with torch.inference_mode():
-        prepared = prepare(source, settings, calibration, progress, clock)
+    with scratch_directory(output) as scratch, torch.inference_mode():
+        prepared = prepare(source, settings, calibration, progress, clock, scratch)
         with clock("solve"):
             fitted = fit_blocks(
                 prepared.replay, prepared.stream, prepared.survey, prepared.choice, prepared.budget,
@@ -100,6 +104,7 @@ class Prepared:
     choice: Choice
     budget: int
     checkpoint_bytes: int
+    memory_bytes: int
     seconds: dict[str, float]
 
     @property
@@ -122,6 +127,7 @@ class Prepared:
             "propagate": self.choice.propagate,
             "seconds": self.seconds,
             "remaining_seconds": self.remaining_seconds,
+            "predicted_memory_bytes": self.memory_bytes,
             "layers": {
                 name: {**asdict(layer), "bytes": layer.nbytes(self.curves[name].shape)}
                 for name, layer in self.choice.plan.items()
@@ -135,9 +141,9 @@ def dry_run(
     calibration: CalibrationSettings,
     progress: Progress | None = None,
 ) -> Prepared:
-    """Survey and allocate only; nothing is written."""
-    with torch.inference_mode():
-        return prepare(source, settings, calibration, progress or Progress(), Clock())
+    """Survey and allocate only; nothing is left on disk."""
+    with tempfile.TemporaryDirectory(prefix="lrsd-") as scratch, torch.inference_mode():
+        return prepare(source, settings, calibration, progress or Progress(), Clock(), Path(scratch))
 
 
 def prepare(
@@ -146,8 +152,12 @@ def prepare(
     calibration: CalibrationSettings,
     progress: Progress,
     clock: Clock,
+    scratch: Path,
 ) -> Prepared:
-    """Load, read calibration text, survey, allocate."""
+    """Load, read calibration text, survey, allocate.
+
+    Args: scratch: a directory for the moments, which the fit reads again.
+    """
     with clock("load"):
         loaded = load_model(source, dtype=settings.dtype, device=settings.device)
         if getattr(loaded.model, "is_quantized", False):
@@ -162,14 +172,21 @@ def prepare(
         settings = replace(settings, ratio=linear / budget)
     with clock("calibration text"):
         tokens = calibration_tokens(loaded, identity, calibration, progress)
+    in_memory = current_rss()
     with clock("survey"):
         replay, stream = Replay.start(loaded.model, layout, tokens.split(settings.batch))
         progress.stage("survey", len(layout.blocks))
-        survey = survey_model(replay, stream, tokens, settings, progress.step)
+        moments = MomentStore(scratch, loaded.model.device)
+        survey = survey_model(replay, stream, tokens, settings, progress.step, keep=moments)
     with clock("allocate"):
         choice = choose_plan(replay, survey, tokens, budget, settings, progress)
     whole = checkpoint_bytes(loaded.model)
-    return Prepared(loaded, identity, tokens, replay, stream, survey, choice, budget, whole, clock.seconds)
+    memory = predicted_peak(
+        loaded.model, layout, tokens, settings.batch, propagate=choice.propagate, loaded=in_memory
+    )
+    return Prepared(
+        loaded, identity, tokens, replay, stream, survey, choice, budget, whole, memory, clock.seconds
+    )
 
 
 def linear_budget(model: PreTrainedModel, linear: int, settings: CompressionSettings) -> int:
@@ -257,6 +274,7 @@ def write_checkpoint(
             expected_kl=prepared.choice.expected_kl,
             propagated=prepared.choice.propagate,
             seconds={phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
+            memory={"predicted": prepared.memory_bytes, "peak": peak_rss()},
             layers=layers,
             untouched=prepared.replay.layout.untouched,
         )

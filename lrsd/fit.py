@@ -10,6 +10,7 @@ from torch.nn.functional import linear
 
 from lrsd.config import CompressionSettings
 from lrsd.errors import BudgetError
+from lrsd.memory import release_freed
 from lrsd.model.layout import InputGroup, LinearSpec, exchange_weight, read_weight
 from lrsd.model.linear import LowRankSparseLinear
 from lrsd.model.replay import Replay, Stream
@@ -72,16 +73,18 @@ def fit_blocks(
         for group in block.groups:
             if choice.propagate:
                 pair = _pair_moments(replay, index, group, dense_inputs.pop(group.name), dense_stream, stream)
-                aims = {spec.name: _propagated_aim(model, spec, pair) for spec in group.linears}
+                aims = _propagated_aims(model, group, pair)
             else:
-                moments = survey.moments[group.name]
-                aims = {spec.name: _plain_aim(model, spec, moments, settings) for spec in group.linears}
+                aims = _plain_aims(model, group, survey.moments[group.name], settings)
             before = _affine(model, group.linears[0])
             coded = any(choice.plan[spec.name].codes for spec in group.linears)
             carry = feedback(aims[group.name].gram_II) if coded else None
             for spec in group.linears:
                 aim, curve = aims[spec.name], survey.curves[spec.name]
-                fitted[spec.name] = _fit_layer(model, spec, aim, curve, purse, settings, carry)
+                fitted[spec.name] = _fit_layer(
+                    model, spec, aim, curve, purse, settings, carry, propagate=choice.propagate
+                )
+            release_freed()
             if choice.propagate and pair.closing is not None:
                 after = _moved(pair.closing, before, _affine(model, group.linears[0]))
         if choice.propagate:
@@ -161,10 +164,16 @@ class _Aim:
     blend: float
 
 
-def _plain_aim(model: nn.Module, spec: LinearSpec, moments: Moments, settings: CompressionSettings) -> _Aim:
-    """The layer's own weight on the dense model's inputs."""
-    W_OI = read_weight(model, spec).double()
-    return _Aim(W_OI, metric(settings, moments), W_OI @ moments.mean, moments.mean, blend=0.0)
+def _plain_aims(
+    model: nn.Module, group: InputGroup, moments: Moments, settings: CompressionSettings
+) -> dict[str, _Aim]:
+    """The layers' own weights on the dense model's inputs."""
+    gram_II, mean_I = metric(settings, moments), moments.mean
+    aims = {}
+    for spec in group.linears:
+        W_OI = read_weight(model, spec).double()
+        aims[spec.name] = _Aim(W_OI, gram_II, W_OI @ mean_I, mean_I, blend=0.0)
+    return aims
 
 
 @dataclass(frozen=True)
@@ -216,30 +225,37 @@ def _pair_moments(
     return _Pair(fit, fit_cross, rest, rest_cross, closing if closes else None)
 
 
-def _propagated_aim(model: nn.Module, spec: LinearSpec, pair: _Pair) -> _Aim:
-    """A weight between W and W*, which makes up for the prefix's errors, as far as held-out text agrees.
+def _propagated_aims(model: nn.Module, group: InputGroup, pair: _Pair) -> dict[str, _Aim]:
+    """Weights between W and W*, which make up for the prefix's errors, as far as held-out text agrees.
 
-    The held-out error is quadratic along W + b (W* - W), so that the best blend b has a closed form.
+    The held-out error is quadratic along W + b (W* - W), so that each layer's best blend b has a closed
+    form. The layers of a group share the metric, so that their rows are solved for together.
     """
-    W_OI = read_weight(model, spec).double()
+    W_OI = torch.cat([read_weight(model, spec) for spec in group.linears]).double()
 
-    def target(moments: Moments, cross: CrossMoments) -> Tensor:
-        if pair.closing is not None:
-            return W_OI @ moments.gram + cross.mean
-        return W_OI @ cross.mean
+    def target(gram_II: Tensor, cross: CrossMoments) -> Tensor:
+        own_OI = W_OI @ (cross.mean if pair.closing is None else gram_II)
+        return own_OI if pair.closing is None else own_OI + cross.mean
 
     moments, cross = pair.fit + pair.held_out, pair.fit_cross + pair.held_out_cross
-    step_OI = propagated_target(W_OI, pair.fit.gram, target(pair.fit, pair.fit_cross)) - W_OI
-    held_out_II = pair.held_out.gram
-    curvature = float(((step_OI @ held_out_II) * step_OI).sum())
-    slope = float((step_OI * (target(pair.held_out, pair.held_out_cross) - W_OI @ held_out_II)).sum())
-    blend = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-    full_OI = propagated_target(W_OI, moments.gram, target(moments, cross))
+    gram_II, fit_II, held_out_II = moments.gram, pair.fit.gram, pair.held_out.gram
+    step_OI = propagated_target(W_OI, fit_II, target(fit_II, pair.fit_cross)) - W_OI
+    missing_OI = target(held_out_II, pair.held_out_cross) - W_OI @ held_out_II
+    curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
+    slopes_O = (step_OI * missing_OI).sum(1)
+    full_OI = propagated_target(W_OI, gram_II, target(gram_II, cross))
     input_mean_I = moments.mean
     target_mean_O = (
-        W_OI @ input_mean_I + cross.target_mean if pair.closing is not None else W_OI @ cross.target_mean
+        W_OI @ cross.target_mean if pair.closing is None else W_OI @ input_mean_I + cross.target_mean
     )
-    return _Aim(W_OI + blend * (full_OI - W_OI), moments.gram, target_mean_O, input_mean_I, blend)
+    aims, end = {}, 0
+    for spec in group.linears:
+        start, end = end, end + spec.shape.out_features
+        own_OI, curvature = W_OI[start:end], float(curvatures_O[start:end].sum())
+        blend = min(max(float(slopes_O[start:end].sum()) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+        aim_OI = own_OI + blend * (full_OI[start:end] - own_OI)
+        aims[spec.name] = _Aim(aim_OI, gram_II, target_mean_O[start:end], input_mean_I, blend)
+    return aims
 
 
 def _fit_layer(
@@ -250,11 +266,12 @@ def _fit_layer(
     purse: Purse,
     settings: CompressionSettings,
     carry: Feedback | None,
+    *,
+    propagate: bool,
 ) -> Fitted:
-    """Solve and pack one layer; what it decodes to goes into the model, for the layers behind it.
-
-    The packed form itself goes in at the end: until then the dense product is faster to run. A layer
-    left dense still takes the propagated weight.
+    """Solve and pack one layer. Where layers behind it are fitted to what it gives, the weight it decodes to
+    goes into the model, the dense product being faster to run; otherwise the packed layer, which is smaller.
+    A layer left dense still takes the propagated weight.
     """
     plan, limit = purse.plan(spec.name), purse.limit(spec.name)
     if plan.is_dense:
@@ -282,9 +299,13 @@ def _fit_layer(
     )
     purse.pay(spec.name, plan.nbytes(curve.shape))
     W_OI = packed.dense_weight(torch.float64).to(aim.W_OI.device)
-    exchange_weight(model, spec, W_OI)
-    if bias_O is not None:
-        model.get_submodule(spec.name).bias = nn.Parameter(bias_O.to(dtype), requires_grad=False)
+    packed.forget_codes()
+    if propagate:
+        exchange_weight(model, spec, W_OI)
+        if bias_O is not None:
+            model.get_submodule(spec.name).bias = nn.Parameter(bias_O.to(dtype), requires_grad=False)
+    else:
+        model.set_submodule(spec.name, packed)
     error = relative_error(aim.W_OI.float(), W_OI.float(), aim.gram_II.float())
     return Fitted(packed, plan, error, aim.blend, found.status, found.history)
 

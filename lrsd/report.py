@@ -28,6 +28,8 @@ def summary_lines(manifest: Manifest) -> list[str]:
         f"dense {manifest.dense_macs_per_token / 1e6:.1f} M",
         f"layers          {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
         f"time            {seconds}",
+        f"memory          {_mb(manifest.memory['peak'])} at most, "
+        f"{_mb(manifest.memory['predicted'])} predicted",
     ]
 
 
@@ -77,6 +79,7 @@ def plan_table(prepared: Prepared) -> str:
         f"{'' if prepared.choice.propagate else 'not '}behind the compressed prefix",
         f"time            {sum(prepared.seconds.values()):.0f} s so far, "
         f"about {prepared.remaining_seconds:.0f} s to go",
+        f"memory          {_mb(prepared.memory_bytes)} at most, as predicted",
     ])  # fmt: skip
 
 

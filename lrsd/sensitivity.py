@@ -18,6 +18,7 @@ from lrsd.model.replay import Replay
 _SAMPLES = 2
 _TOKENS = 192
 _READ_EVERY = 2
+PROBE_LOGITS = _SAMPLES * _TOKENS // _READ_EVERY
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """What compression needs to know of a model before it decides anything: curves and sensitivities."""
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from lrsd.config import CompressionSettings
+from lrsd.memory import release_freed
 from lrsd.model.layout import LinearSpec, read_weight
 from lrsd.model.load import check_finite
 from lrsd.model.replay import Replay, Stream
@@ -45,7 +46,7 @@ _UNSTRUCTURED_SHARE = 0.25
 class Survey:
     """curves: what each layer offers; sensitivity: KL of the output per unit of relative error."""
 
-    moments: dict[str, Moments]
+    moments: Mapping[str, Moments]
     curves: dict[str, LayerCurve]
     sensitivity: dict[str, float]
 
@@ -56,27 +57,28 @@ def survey_model(
     tokens: Tensor,
     settings: CompressionSettings,
     progress: Callable[[str], None] = lambda block: None,
+    keep: MutableMapping[str, Moments] | None = None,
     moments: Mapping[str, Moments] | None = None,
     sensitivity: Mapping[str, float] | None = None,
 ) -> Survey:
     """One dense pass, block by block: moments per input group, error curves, sensitivities.
 
     Args: stream: hidden states entering block 0 per batch; tokens: (samples, seqlen) that the
-        probes are cut from; moments, sensitivity: of an earlier survey of the same model and text,
-        which spare the pass and the probes.
+        probes are cut from; keep: where the moments go, in memory by default; moments, sensitivity:
+        of an earlier survey of the same model and text, which spare the pass and the probes.
     """
     layout = replay.layout
     probing = sensitivity is None and needs_sensitivity(settings)
     probe = Probe(replay.model, layout, tokens) if probing else None
-    gathered: dict[str, Moments] = {}
+    gathered = {} if keep is None else keep
     curves: dict[str, LayerCurve] = {}
     measured: dict[str, float] = {}
     for index, block in enumerate(layout.blocks):
         if moments is None:
             found, stream = block_moments(replay, index, stream)
+            gathered.update(found)
         else:
             found = {group.name: moments[group.name] for group in block.groups}
-        gathered |= found
         perturbations = []
         for group in block.groups:
             gram_II = metric(settings, found[group.name])
@@ -93,13 +95,18 @@ def survey_model(
                     perturb = partial(_truncated, spec, W_OI, whole)
                 if probe:
                     perturbations.append(perturb(curves[spec.name], settings))
+            release_freed()
         if probe:
             measured |= probe.measure(perturbations)
             probe.advance()
         progress(block.name)
     unmeasured = 0.0 if probe else 1.0
     weights = measured if sensitivity is None else sensitivity
-    return Survey(gathered, curves, {name: weights.get(name, unmeasured) for name in curves})
+    return Survey(
+        gathered if moments is None else moments,
+        curves,
+        {name: weights.get(name, unmeasured) for name in curves},
+    )
 
 
 def needs_sensitivity(settings: CompressionSettings) -> bool:

@@ -269,6 +269,10 @@ class LowRankSparseLinear(nn.Module):
             self._integers = codes_OC.to(_narrowest(codes_OC)).contiguous()
         return self._integers
 
+    def forget_codes(self) -> None:
+        """Free the decoded integers, a byte or more per weight; they are decoded again when needed."""
+        self._integers = None
+
     def _grid(self) -> GridCodes:
         assert self.scales is not None
         assert self.zeros is not None

@@ -167,13 +167,16 @@ def _record_arguments(
         nonlocal tuple_output
         recorded.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
         tuple_output = isinstance(output, tuple)
+        if len(recorded) == len(layout.blocks):  # the head on a whole batch is a large matrix
+            raise _Reached
 
     handles = [
         model.get_submodule(block.name).register_forward_hook(record, with_kwargs=True)
         for block in layout.blocks
     ]
     try:
-        model(tokens, use_cache=False)
+        with suppress(_Reached):
+            model(tokens, use_cache=False)
     finally:
         for handle in handles:
             handle.remove()

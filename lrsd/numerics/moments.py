@@ -1,6 +1,7 @@
 """Streaming second moments of a linear layer's input."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -35,7 +36,7 @@ class Moments:
         for start in range(0, self.width, step):
             block_TB = x_TI[:, start : start + step]
             self._upper_II[start : start + step, start:] += block_TB.T @ x_TI[:, start:]
-        self._sum_I += x_TI.sum(0, dtype=torch.float64)
+        self._sum_I += x_TI.sum(0)
         self.count += x_TI.shape[0]
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -43,6 +44,24 @@ class Moments:
         merged._upper_II = self._upper_II + other._upper_II
         merged._sum_I = self._sum_I + other._sum_I
         return merged
+
+    def state(self) -> dict[str, Tensor]:
+        """The sums for storage: the upper triangle of x x^T in float32, which its partial products had."""
+        rows, columns = torch.triu_indices(self.width, self.width, device=self._upper_II.device)
+        return {
+            "upper": self._upper_II[rows, columns].float(),
+            "sum": self._sum_I,
+            "count": torch.tensor(self.count),
+        }
+
+    @staticmethod
+    def from_state(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> "Moments":
+        """What `state` was taken of, to float32."""
+        moments = Moments(state["sum"].numel(), device, int(state["count"]))
+        rows, columns = torch.triu_indices(moments.width, moments.width, device=device)
+        moments._upper_II[rows, columns] = state["upper"].to(device, torch.float64)
+        moments._sum_I += state["sum"].to(device)
+        return moments
 
     @property
     def gram(self) -> Tensor:
@@ -74,7 +93,7 @@ class CrossMoments:
         """Add pairs of tokens; both tensors share their leading shape."""
         t_TO = t_TO.reshape(-1, self.rows).float()
         self._sum_OI += t_TO.T @ x_TI.reshape(-1, self.columns).float()
-        self._sum_O += t_TO.sum(0, dtype=torch.float64)
+        self._sum_O += t_TO.sum(0)
         self.count += t_TO.shape[0]
 
     def __add__(self, other: "CrossMoments") -> "CrossMoments":

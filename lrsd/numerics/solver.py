@@ -85,7 +85,6 @@ def decompose(
     Raises: ValueError if both columns and rows are asked for, or a count is out of range.
     """
     out_features, in_features = W_OI.shape
-    chosen = start if start is not None and not alternate else None
     if columns and rows:
         raise ValueError(f"keep columns or rows, not both: got {columns} columns and {rows} rows")
     if not 0 <= rank <= min(out_features - rows, in_features - columns):
@@ -96,11 +95,13 @@ def decompose(
     none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
     columns_K, rows_P, S_OK = none, none, W_OI[:, none]
     if rows:
-        rows_P = select_rows(W_OI, gram_II, rank, rows, start) if chosen is None else chosen
-        U_FR, V_RC = best_low_rank(W_OI[complement(rows_P, out_features)], gram_II, rank)
+        selection = select_rows(W_OI, gram_II, rank, rows, start, alternate)
+        rows_P, U_FR = selection.kept, selection.basis_OR
+        V_RC = U_FR.T @ W_OI[complement(rows_P, out_features)]
     else:
-        columns_K = select_columns(W_OI, gram_II, rank, columns, start) if chosen is None else chosen
-        U_FR, V_RC, S_OK = fit_beside_columns(W_OI, split_columns(gram_II, columns_K), rank)
+        selection = select_columns(W_OI, gram_II, rank, columns, start, alternate)
+        columns_K, split = selection.kept, split_columns(gram_II, selection.kept)
+        U_FR, V_RC, S_OK = fit_beside_columns(W_OI, split, rank, selection.basis_OR)
     found = Decomposition(
         (out_features, in_features), U_FR, V_RC, columns_K, S_OK, rows_P, W_OI[rows_P],
         mask_OK=None, error=0.0, history=(), status="exact",

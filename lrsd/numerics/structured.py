@@ -66,54 +66,68 @@ def columns_spectrum(W_OI: Tensor, split: ColumnSplit) -> Spectrum:
     return spectrum(W_OI[:, split.free_C], split.schur_CC)
 
 
-def fit_beside_columns(W_OI: Tensor, split: ColumnSplit, rank: int) -> tuple[Tensor, Tensor, Tensor]:
+def fit_beside_columns(
+    W_OI: Tensor, split: ColumnSplit, rank: int, basis_OR: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     """Exact optimum of min tr((W - L - S) G (W - L - S)^T), rank L <= r, S free on J and 0 elsewhere.
 
     L_c is the best rank-r fit to W_c in the Schur metric, S_J = W_J + (W_c - L_c) G_cJ G_JJ^-1,
     and L_J = 0 without loss of generality.
 
+    Args: basis_OR: the leading directions of `columns_spectrum`, where they are known.
     Returns: U (O, r), V (r, C) over the free columns, S_J (O, K).
     """
     W_OC = W_OI[:, split.free_C]
-    U_OR = spectrum(W_OC, split.schur_CC).basis_OR[:, :rank]
+    U_OR = spectrum(W_OC, split.schur_CC).basis_OR[:, :rank] if basis_OR is None else basis_OR
     V_RC = U_OR.T @ W_OC
     S_OK = W_OI[:, split.columns_K] + (W_OC - U_OR @ V_RC) @ split.regression_KC.T
     return U_OR, V_RC, S_OK
 
 
-def select_columns(
-    W_OI: Tensor, gram_II: Tensor, rank: int, count: int, start: Tensor | None = None
-) -> Tensor:
-    """Choose `count` input columns to keep beside a rank-`rank` part; ascending indices, int64.
+@dataclass(frozen=True)
+class Selection:
+    """Kept columns or rows, ascending int64; leading output directions of what is free beside them."""
 
-    start: a set to begin from, where one is known.
+    kept: Tensor
+    basis_OR: Tensor
+
+
+def select_columns(
+    W_OI: Tensor, gram_II: Tensor, rank: int, count: int, start: Tensor | None = None, alternate: bool = True
+) -> Selection:
+    """Choose `count` input columns to keep beside a rank-`rank` part.
+
+    start: a set to begin from, where one is known; alternate: whether to improve on it.
     """
 
-    def refit(columns_K: Tensor) -> tuple[float, Tensor]:
+    def refit(columns_K: Tensor) -> tuple[float, Tensor, Tensor]:
         split = split_columns(gram_II, columns_K)
         free_spectrum = columns_spectrum(W_OI, split)
         U_OR = free_spectrum.basis_OR[:, :rank]
         residual_OI = W_OI.clone()
         residual_OI[:, split.free_C] -= U_OR @ (U_OR.T @ W_OI[:, split.free_C])
-        return _error_at(free_spectrum, rank), residual_OI
+        return _error_at(free_spectrum, rank), residual_OI, U_OR
 
-    return _alternate(W_OI, gram_II, rank, count, start, column_energies, refit)
+    return _alternate(W_OI, gram_II, rank, count, start, _ROUNDS if alternate else 1, column_energies, refit)
 
 
-def select_rows(W_OI: Tensor, gram_II: Tensor, rank: int, count: int, start: Tensor | None = None) -> Tensor:
-    """Choose `count` output rows to keep beside a rank-`rank` part; ascending indices, int64.
+def select_rows(
+    W_OI: Tensor, gram_II: Tensor, rank: int, count: int, start: Tensor | None = None, alternate: bool = True
+) -> Selection:
+    """Choose `count` output rows to keep beside a rank-`rank` part.
 
-    start: a set to begin from, where one is known.
+    start: a set to begin from, where one is known; alternate: whether to improve on it.
     """
 
-    def refit(rows_P: Tensor) -> tuple[float, Tensor]:
+    def refit(rows_P: Tensor) -> tuple[float, Tensor, Tensor]:
         free_F = complement(rows_P, W_OI.shape[0])
         free_spectrum = spectrum(W_OI[free_F], gram_II)
-        V_RI = free_spectrum.basis_OR[:, :rank].T @ W_OI[free_F]
+        U_FR = free_spectrum.basis_OR[:, :rank]
+        V_RI = U_FR.T @ W_OI[free_F]
         # All rows against the span found on the free ones: a kept row has to earn its place again.
-        return _error_at(free_spectrum, rank), W_OI - _project_rows(W_OI, V_RI, gram_II)
+        return _error_at(free_spectrum, rank), W_OI - _project_rows(W_OI, V_RI, gram_II), U_FR
 
-    return _alternate(W_OI, gram_II, rank, count, start, row_gains, refit)
+    return _alternate(W_OI, gram_II, rank, count, start, _ROUNDS if alternate else 1, row_gains, refit)
 
 
 def _alternate(
@@ -122,33 +136,35 @@ def _alternate(
     rank: int,
     count: int,
     start: Tensor | None,
+    rounds: int,
     gains: Callable[[Tensor, Tensor], Tensor],
-    refit: Callable[[Tensor], tuple[float, Tensor]],
-) -> Tensor:
+    refit: Callable[[Tensor], tuple[float, Tensor, Tensor]],
+) -> Selection:
     """Alternate scoring on W - L with the exact L beside the chosen set; the set of least error wins.
 
     Without a start there are two: L first (scores on the residual of the best low rank) and S first
     (scores on W itself).
     """
     if count == 0:
-        return torch.zeros(0, dtype=torch.int64, device=W_OI.device)
+        none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
+        return Selection(none, spectrum(W_OI, gram_II).basis_OR[:, :rank])
     if start is not None:
         firsts = [start]
     else:
         U_OR = spectrum(W_OI, gram_II).basis_OR[:, :rank]
         residuals = (W_OI - U_OR @ (U_OR.T @ W_OI), W_OI)
         firsts = [_top(gains(residual_OI, gram_II), count) for residual_OI in residuals]
-    best_error, best_chosen = torch.inf, None
+    best_error, best = torch.inf, None
     for chosen in firsts:
-        for _ in range(_ROUNDS):
-            error, residual_OI = refit(chosen)
+        for _ in range(rounds):
+            error, residual_OI, basis_OR = refit(chosen)
             if error < best_error:
-                best_error, best_chosen = error, chosen
+                best_error, best = error, Selection(chosen, basis_OR)
             previous, chosen = chosen, _top(gains(residual_OI, gram_II), count)
             if torch.equal(chosen, previous):
                 break
-    assert best_chosen is not None, "non-finite error: inputs are checked before they come here"
-    return best_chosen
+    assert best is not None, "non-finite error: inputs are checked before they come here"
+    return best
 
 
 def _top(gains: Tensor, count: int) -> Tensor:

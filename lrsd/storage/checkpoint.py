@@ -80,6 +80,7 @@ class Manifest:
     expected_kl: float | None
     propagated: bool
     seconds: dict[str, float]
+    memory: dict[str, int]
     layers: dict[str, LayerRecord]
     untouched: tuple[str, ...] = ()
     version: int = field(default=MANIFEST_VERSION)
@@ -137,6 +138,15 @@ def new_directory(target: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+@contextmanager
+def scratch_directory(target: Path) -> Iterator[Path]:
+    """A directory beside the output, on the same disk, removed when the work is over."""
+    target = target.absolute()
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".scratch", dir=target.parent) as path:
+        yield Path(path)
 
 
 def stored_bytes(directory: Path, layers: dict[str, Any] | None = None) -> int:

@@ -147,7 +147,7 @@ def test_chosen_channels_beat_fifty_random_sets(
     layers, won = 20, 0
     for _ in range(layers):
         layer = planted_layer(generator, 48, rank)
-        chosen = select(layer.W_OI, layer.gram, rank, kept)
+        chosen = select(layer.W_OI, layer.gram, rank, kept).kept
         assert chosen.tolist() == sorted(set(chosen.tolist()))
         assert len(chosen) == kept
         random = [torch.randperm(48, generator=generator)[:kept].sort().values for _ in range(50)]
@@ -162,7 +162,7 @@ def test_chosen_columns_beat_fifty_random_sets_on_correlated_inputs(
     won = 0
     for _ in range(20):
         layer = random_layer(generator, 64, 64, "heavy")
-        chosen = select_columns(layer.W_OI, layer.gram, rank, kept)
+        chosen = select_columns(layer.W_OI, layer.gram, rank, kept).kept
         random = [torch.randperm(64, generator=generator)[:kept].sort().values for _ in range(50)]
         won += column_error(layer, chosen, rank) <= min(column_error(layer, J, rank) for J in random)
     assert won >= 19
@@ -179,7 +179,7 @@ def test_alternation_improves_on_a_random_start_and_never_worsens_it(
         layer = planted_layer(generator, 48, 5)
         start = torch.randperm(48, generator=generator)[:5].sort().values
         before = error(layer, start, 5)
-        after = error(layer, select(layer.W_OI, layer.gram, 5, 5, start), 5)
+        after = error(layer, select(layer.W_OI, layer.gram, 5, 5, start).kept, 5)
         assert after <= before
         gained += after < before
     assert gained >= 19
@@ -203,7 +203,7 @@ def test_choice_is_never_worse_than_either_first_score_and_for_rows_better(
         residual_OI = layer.W_OI - fitted(layer, torch.arange(0), 6)
         scores = (gains(R, layer.gram) for R in (residual_OI, layer.W_OI))
         first = min(error(layer, score.topk(6).indices.sort().values, 6) for score in scores)
-        chosen = error(layer, select(layer.W_OI, layer.gram, 6, 6), 6)
+        chosen = error(layer, select(layer.W_OI, layer.gram, 6, 6).kept, 6)
         assert chosen <= first * (1 + 1e-9)
         total = float(spectrum_errors(layer.W_OI, layer.gram)[0])
         chosen_total, first_total = chosen_total + chosen / total, first_total + first / total
@@ -218,7 +218,7 @@ def test_rescoring_rows_beside_the_chosen_ones_pays_on_average(generator: torch.
         residual_OI = layer.W_OI - fitted(layer, torch.arange(0), 6)
         scores = (row_gains(R, layer.gram) for R in (residual_OI, layer.W_OI))
         first += min(row_error(layer, score.topk(6).indices.sort().values, 6) for score in scores) / total
-        chosen += row_error(layer, select_rows(layer.W_OI, layer.gram, 6, 6), 6) / total
+        chosen += row_error(layer, select_rows(layer.W_OI, layer.gram, 6, 6).kept, 6) / total
     assert chosen < 0.995 * first
 
 
