@@ -13,7 +13,8 @@ import click
 CALIBRATION_KEYS = ("samples", "seqlen", "seed")
 SETTINGS_KEYS = (
     "scope", "method", "structure", "bits", "coding", "group", "allocation", "rank", "propagate",
-    "mean_correction", "alternations", "dtype", "device", "batch",
+    "mean_correction", "alternations", "include", "exclude", "min_weights", "shard_size", "dtype",
+    "device", "batch",
 )  # fmt: skip
 
 _COMPRESS_EXAMPLES = """
@@ -117,6 +118,8 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
             f"{path}: unknown setting {unknown[0]!r}; available: {', '.join(sorted(known))}"
         )
     for name, value in recipe.items():
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            continue
         if not isinstance(value, str | int | float | None):
             raise click.BadParameter(f"{path}: {name} must be a text or a number, got {value!r}")
     context.default_map = {**(context.default_map or {}), **recipe}
@@ -215,6 +218,19 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     "--alternations", default=5, show_default=True, help="Rounds of choosing S and fitting L; 1 is none."
 )
 @click.option(
+    "--include",
+    multiple=True,
+    metavar="PATTERN",
+    help="Compress only linear layers whose name matches, e.g. '*.mlp.*'; repeatable.",
+)
+@click.option(
+    "--exclude", multiple=True, metavar="PATTERN", help="Leave matching linear layers dense; repeatable."
+)
+@click.option(
+    "--min-weights", default=0, show_default=True, help="Leave linear layers of fewer weights dense."
+)
+@click.option("--shard-size", default="5GB", show_default=True, help="Largest file of the checkpoint.")
+@click.option(
     "--dtype",
     default="auto",
     show_default=True,
@@ -302,6 +318,11 @@ def _settings(options: dict[str, Any]) -> tuple[Any, Any]:
 @click.option(
     "--kl", metavar="DENSE", help="Mean KL from this dense model and top-1 agreement, on the same windows."
 )
+@click.option(
+    "--accuracy",
+    metavar="FILE",
+    help='Accuracy of a classifier on a CSV or JSONL file of "text" and "label".',
+)
 @click.option("--speed", is_flag=True, help="Prefill and decode tokens per second, batch 1.")
 @click.option(
     "--dtype",
@@ -318,6 +339,7 @@ def evaluate(
     seqlen: int | None,
     windows: int | None,
     kl: str | None,
+    accuracy: str | None,
     speed: bool,
     dtype: str,
     device: str,
@@ -329,10 +351,10 @@ def evaluate(
     from lrsd.evaluate import evaluate as run
     from lrsd.report import evaluation_lines
 
-    texts = ppl if ppl or speed else ("wikitext",)
+    texts = ppl if ppl or speed or accuracy else ("wikitext",)
     result = run(
-        model, texts, seqlen=seqlen, windows=windows, dense=kl, with_speed=speed, dtype=dtype, device=device,
-        progress=make_progress(),
+        model, texts, seqlen=seqlen, windows=windows, dense=kl, accuracy=accuracy, with_speed=speed,
+        dtype=dtype, device=device, progress=make_progress(),
     )  # fmt: skip
     click.echo(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(evaluation_lines(result)))
 

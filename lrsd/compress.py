@@ -12,19 +12,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrsd.config import CalibrationSettings, CompressionSettings, recipe
-from lrsd.data import read_text, self_calibration, token_blocks
+from lrsd.config import CalibrationSettings, CompressionSettings, plain, recipe
+from lrsd.data import calibration_samples, example
 from lrsd.errors import BudgetError, InputError
 from lrsd.fit import Fitted, fit_blocks
 from lrsd.memory import current_rss, peak_rss, predicted_peak
 from lrsd.model.embedding import embedding_names, pack_embeddings, packed_bytes
+from lrsd.model.experts import unfuse_experts
 from lrsd.model.hf import mark_packed
 from lrsd.model.layout import find_layout
-from lrsd.model.load import LoadedModel, check_finite, fingerprint, load_model
-from lrsd.model.replay import Replay, Stream
+from lrsd.model.load import LoadedModel, check_finite, copy_processor, fingerprint, load_model
+from lrsd.model.replay import Replay
+from lrsd.model.samples import Samples
 from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, dense_bytes, plan_bytes
 from lrsd.plan import Choice, choose_plan
 from lrsd.progress import Progress
@@ -84,9 +85,8 @@ def compress(
         prepared = prepare(source, settings, calibration, progress, clock, scratch)
         with clock("solve"):
             fitted = fit_blocks(
-                prepared.replay, prepared.stream, prepared.survey, prepared.choice, prepared.budget,
-                settings, progress,
-            )  # fmt: skip
+                prepared.replay, prepared.survey, prepared.choice, prepared.budget, settings, progress
+            )
     with clock("write"):
         return write_checkpoint(prepared, fitted, output, settings, calibration, clock)
 
@@ -97,9 +97,8 @@ class Prepared:
 
     loaded: LoadedModel
     fingerprint: str
-    tokens: Tensor
+    samples: Samples
     replay: Replay
-    stream: Stream
     survey: Survey
     choice: Choice
     budget: int
@@ -162,7 +161,8 @@ def prepare(
         loaded = load_model(source, dtype=settings.dtype, device=settings.device)
         if getattr(loaded.model, "is_quantized", False):
             raise InputError(f"{source} is already compressed; compress the dense model it was made from")
-        layout = find_layout(loaded.model)
+        unfuse_experts(loaded.model)
+        layout = find_layout(loaded.model, example(loaded), settings.selection)
         for name, parameter in loaded.model.named_parameters():
             check_finite(name, parameter)
         identity = fingerprint(loaded.model)
@@ -171,22 +171,20 @@ def prepare(
         # From here on the ratio is that of the linear weights, whatever it was asked of.
         settings = replace(settings, ratio=linear / budget)
     with clock("calibration text"):
-        tokens = calibration_tokens(loaded, identity, calibration, progress)
+        samples = calibration_samples(loaded, identity, calibration, progress)
     in_memory = current_rss()
     with clock("survey"):
-        replay, stream = Replay.start(loaded.model, layout, tokens.split(settings.batch))
+        replay = Replay.start(loaded.model, layout, samples.split(settings.batch))
         progress.stage("survey", len(layout.blocks))
         moments = MomentStore(scratch, loaded.model.device)
-        survey = survey_model(replay, stream, tokens, settings, progress.step, keep=moments)
+        survey = survey_model(replay, samples, settings, progress.step, keep=moments)
     with clock("allocate"):
-        choice = choose_plan(replay, survey, tokens, budget, settings, progress)
+        choice = choose_plan(replay, survey, samples, budget, settings, progress)
     whole = checkpoint_bytes(loaded.model)
     memory = predicted_peak(
-        loaded.model, layout, tokens, settings.batch, propagate=choice.propagate, loaded=in_memory
+        loaded.model, layout, samples, settings.batch, propagate=choice.propagate, loaded=in_memory
     )
-    return Prepared(
-        loaded, identity, tokens, replay, stream, survey, choice, budget, whole, memory, clock.seconds
-    )
+    return Prepared(loaded, identity, samples, replay, survey, choice, budget, whole, memory, clock.seconds)
 
 
 def linear_budget(model: PreTrainedModel, linear: int, settings: CompressionSettings) -> int:
@@ -213,21 +211,6 @@ def checkpoint_bytes(model: PreTrainedModel) -> int:
     return sum(VALUE_BYTES * parameter.numel() for parameter in model.parameters())
 
 
-def calibration_tokens(
-    loaded: LoadedModel, identity: str, calibration: CalibrationSettings, progress: Progress
-) -> Tensor:
-    """(samples, seqlen) token ids: sampled from the model itself, or cut from text."""
-    limit = loaded.context_length
-    if limit is not None and calibration.seqlen > limit:
-        raise InputError(f"the model reads at most {limit} tokens; lower --seqlen from {calibration.seqlen}")
-    if calibration.source == "self":
-        return self_calibration(loaded.model, loaded.tokenizer, identity, calibration, progress)
-    text = read_text(calibration.source, split="train", option="--calib")
-    return token_blocks(
-        loaded.tokenizer, text, samples=calibration.samples, seqlen=calibration.seqlen, seed=calibration.seed
-    )
-
-
 def write_checkpoint(
     prepared: Prepared,
     fitted: dict[str, Fitted],
@@ -247,8 +230,10 @@ def write_checkpoint(
     pack_embeddings(loaded.model, embeddings)
     mark_packed(loaded.model, formats, embeddings)
     with new_directory(output) as aside:
-        loaded.model.save_pretrained(aside)
-        loaded.tokenizer.save_pretrained(aside)
+        loaded.model.save_pretrained(aside, max_shard_size=settings.shard_size)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(aside)
+        copy_processor(loaded.source, aside)
         layers = {name: _record(prepared, name, layer) for name, layer in fitted.items()}
         added = sum(layer.bytes for layer in layers.values())
         total = dense_bytes(curves)
@@ -260,7 +245,7 @@ def write_checkpoint(
             lrsd_version=version("lrsd"),
             environment=environment(),
             calibration=asdict(calibration),
-            settings=asdict(settings),
+            settings=plain(settings),
             ratio=total / added,
             checkpoint_ratio=whole / everything,
             linear_bytes=added,
@@ -306,6 +291,7 @@ def _record(prepared: Prepared, name: str, layer: Fitted) -> LayerRecord:
         blend=layer.blend,
         status=layer.status,
         history=layer.history,
+        routed_tokens=prepared.survey.routed.get(name),
     )
 
 

@@ -3,6 +3,7 @@
 import math
 import re
 from dataclasses import asdict, dataclass
+from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args
 
 from lrsd.errors import SettingsError
@@ -35,6 +36,24 @@ class CalibrationSettings:
         _at_least("seed", self.seed, 0)
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which linears to compress: names that match any of `include` (all if empty) and none of `exclude`
+    (shell patterns on the module name), with at least `min_weights` weights."""
+
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_weights: int = 0
+
+    def reason_against(self, name: str, weights: int) -> str | None:
+        """Why a linear layer stays dense; None if it does not."""
+        if self.include and not any(fnmatchcase(name, pattern) for pattern in self.include):
+            return "not among --include"
+        if any(fnmatchcase(name, pattern) for pattern in self.exclude):
+            return "--exclude"
+        return "fewer than --min-weights" if weights < self.min_weights else None
+
+
 @dataclass(frozen=True, kw_only=True)
 class CompressionSettings:
     """What is fitted and within which bytes.
@@ -48,6 +67,7 @@ class CompressionSettings:
     is chosen per layer; any other width is fixed. group: columns per scale and zero at a fixed width.
     rank: one rank for every layer instead. propagate: fit behind the compressed prefix; None: lrsd
     does where the loss is not small anyway. alternations: rounds between S and L (1: none).
+    include, exclude, min_weights: which linear layers, see `Selection`; shard_size: of the files written.
     batch: samples per forward pass.
     """
 
@@ -63,6 +83,10 @@ class CompressionSettings:
     propagate: bool | None = None
     mean_correction: bool = False
     alternations: int = 5
+    include: tuple[str, ...] = ()
+    exclude: tuple[str, ...] = ()
+    min_weights: int = 0
+    shard_size: str = "5GB"
     dtype: Dtype = "auto"
     device: str = "auto"
     batch: int = 8
@@ -78,6 +102,9 @@ class CompressionSettings:
         _at_least("alternations", self.alternations, 1)
         _at_least("batch", self.batch, 1)
         _at_least("group", self.group, 1)
+        _at_least("min-weights", self.min_weights, 0)
+        if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", self.shard_size):
+            raise SettingsError(f"shard-size must look like 5GB or 500MB, got {self.shard_size!r}")
         if self.method in ("ssd", "svd-llm", "asvd", "svd", "columns") and self.bits not in ("auto", "16"):
             raise SettingsError(f"method {self.method} is a 16-bit method; leave out --bits {self.bits}")
         if self.method == "gptq" and self.bits == "16":
@@ -89,6 +116,10 @@ class CompressionSettings:
             )
         if self.rank is not None:
             _at_least("rank", self.rank, 0 if self.entropy_coded else 1)
+
+    @property
+    def selection(self) -> Selection:
+        return Selection(self.include, self.exclude, self.min_weights)
 
     @property
     def code_widths(self) -> tuple[int, ...]:
@@ -109,9 +140,14 @@ class CompressionSettings:
         return "energy" if self.method == "ssd" else "uniform"
 
 
+def plain(settings: CompressionSettings) -> dict[str, Any]:
+    """The settings as JSON reads them back."""
+    return {name: list(v) if isinstance(v, tuple) else v for name, v in asdict(settings).items()}
+
+
 def recipe(settings: CompressionSettings, calibration: CalibrationSettings) -> dict[str, Any]:
     """All settings under the names of the command line's options, as `--recipe` reads them."""
-    options = asdict(settings) | asdict(calibration)
+    options = plain(settings) | asdict(calibration)
     options["calib"] = options.pop("source")
     options["ratio"] = f"{settings.ratio!r}x"
     options["rank"] = "auto" if settings.rank is None else settings.rank

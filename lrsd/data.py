@@ -1,17 +1,21 @@
-"""Token blocks to calibrate and evaluate on."""
+"""Model inputs to calibrate and evaluate on, from text, pairs of texts, or features of sound."""
 
+import csv
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsd.config import CalibrationSettings
 from lrsd.errors import InputError
+from lrsd.model.load import LoadedModel
+from lrsd.model.samples import Samples
 from lrsd.progress import Progress
 
 # Hub data sets by short name: path, configuration, and the column that holds the text.
@@ -24,6 +28,7 @@ _MAX_DOCUMENTS = 20_000
 # Samples generated side by side, and greedy tokens at the start of each.
 _SAMPLE_BATCH = 32
 _GREEDY_TOKENS = 4
+_EXAMPLE_TOKENS = 8
 
 
 def read_text(source: str, *, split: str, option: str) -> str:
@@ -44,6 +49,93 @@ def read_text(source: str, *, split: str, option: str) -> str:
             f"give a text or JSONL file, {', '.join(_KNOWN)}, or a hub id like owner/name"
         )
     return _join(_stream_rows(source, split, option))
+
+
+def calibration_samples(
+    loaded: LoadedModel, identity: str, calibration: CalibrationSettings, progress: Progress
+) -> Samples:
+    """What the model's activations are measured on: sampled from the model itself, or cut from a text.
+
+    A model of two stacks reads a block of the text and writes what follows it; one that hears reads the
+    `input_features` of a safetensors file, and answers by itself.
+    """
+    limit = loaded.context_length
+    if limit is not None and calibration.seqlen > limit and loaded.kind != "speech":
+        raise InputError(f"the model reads at most {limit} tokens; lower --seqlen from {calibration.seqlen}")
+    if calibration.source == "self":
+        if loaded.kind != "causal":
+            raise InputError(
+                f"{type(loaded.model).__name__} cannot write its own calibration text; give --calib FILE"
+            )
+        tokens = self_calibration(loaded.model, loaded.require_tokenizer(), identity, calibration, progress)
+        return Samples({"input_ids": tokens})
+    if loaded.kind == "speech":
+        return speech_samples(loaded.model, calibration)
+    tokenizer = loaded.require_tokenizer()
+    text = read_text(calibration.source, split="train", option="--calib")
+    count, seqlen, seed = calibration.samples, calibration.seqlen, calibration.seed
+    if loaded.kind == "seq2seq":
+        blocks = token_blocks(tokenizer, text, samples=count, seqlen=2 * seqlen, seed=seed)
+        return paired(loaded.model, blocks)
+    blocks = token_blocks(tokenizer, text, samples=count, seqlen=seqlen, seed=seed)
+    return Samples({"input_ids": blocks if loaded.kind == "causal" else enclosed(tokenizer, blocks)})
+
+
+def example(loaded: LoadedModel) -> Samples:
+    """A smallest input, to trace the model with."""
+    model = loaded.model
+    tokens = torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64)
+    if loaded.kind == "speech":
+        config = model.config
+        frames = 2 * config.max_source_positions  # the front end halves them
+        features = torch.zeros(1, config.num_mel_bins, frames)
+        return Samples({"input_features": features, "decoder_input_ids": tokens})
+    if loaded.kind == "seq2seq":
+        return Samples({"input_ids": tokens, "decoder_input_ids": tokens})
+    return Samples({"input_ids": tokens})
+
+
+def paired(model: PreTrainedModel, blocks: Tensor) -> Samples:
+    """Blocks of tokens (N, 2 T) as sources (N, T) and the targets that follow them, behind a start token."""
+    half = blocks.shape[1] // 2
+    first = getattr(model.config, "decoder_start_token_id", None)
+    first = model.config.bos_token_id if first is None else first
+    start = torch.full((len(blocks), 1), 0 if first is None else first)
+    targets = torch.cat([start, blocks[:, half:-1]], 1)
+    return Samples({"input_ids": blocks[:, :half], "decoder_input_ids": targets})
+
+
+def enclosed(tokenizer: PreTrainedTokenizerBase, blocks: Tensor) -> Tensor:
+    """Blocks whose first and last token are those an encoder expects there, where its tokenizer has such."""
+    enclosed = blocks.clone()
+    for place, token in ((0, tokenizer.cls_token_id), (-1, tokenizer.sep_token_id)):
+        if token is not None:
+            enclosed[:, place] = token
+    return enclosed
+
+
+def speech_samples(model: PreTrainedModel, calibration: CalibrationSettings) -> Samples:
+    """Features of sound from a safetensors file, and what the model itself hears in them.
+
+    Raises: InputError if the file holds no `input_features` (N, channels, frames).
+    """
+    features = read_features(calibration.source, "--calib")[: calibration.samples]
+    length = min(calibration.seqlen, model.config.max_target_positions - 1)
+    targets = model.generate(  # type: ignore[operator]
+        features.to(model.device, model.dtype), max_new_tokens=length, min_new_tokens=length, do_sample=False
+    )
+    return Samples({"input_features": features, "decoder_input_ids": targets[:, :length].cpu()})
+
+
+def read_features(source: str, option: str) -> Tensor:
+    """`input_features` (N, channels, frames) of a safetensors file, as a feature extractor makes them."""
+    try:
+        return load_file(source)["input_features"].float()
+    except (OSError, SafetensorError, KeyError) as error:
+        raise InputError(
+            f"{option}: expected a safetensors file with input_features (samples, channels, frames) for a "
+            f"model that hears, got {source!r}"
+        ) from error
 
 
 def token_blocks(
@@ -123,6 +215,25 @@ def _sample(
             chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)
         tokens.append(chosen)
     return torch.cat(tokens, 1)
+
+
+def read_labelled(source: str) -> list[tuple[str, str]]:
+    """Texts and labels of a CSV or JSONL file with the columns "text" and "label".
+
+    Raises: InputError if there is no such file, or a row without them.
+    """
+    path = Path(source)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        rows = list(csv.DictReader(lines)) if path.suffix == ".csv" else [json.loads(line) for line in lines]
+        found = [(row["text"], str(row["label"])) for row in rows]
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+        raise InputError(
+            f'--accuracy: expected a CSV or JSONL file with "text" and "label", got {source!r} ({error})'
+        ) from error
+    if not found:
+        raise InputError(f"--accuracy: {source} holds no rows")
+    return found
 
 
 def _cache_directory() -> Path:

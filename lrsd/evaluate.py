@@ -4,20 +4,39 @@ import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, kl_div, log_softmax
-from transformers import PreTrainedModel
+from torch.nn.functional import cross_entropy
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrsd.data import read_text, tokenize
+from lrsd.config import CalibrationSettings
+from lrsd.data import (
+    enclosed,
+    paired,
+    read_features,
+    read_labelled,
+    read_text,
+    speech_samples,
+    tokenize,
+)
 from lrsd.errors import InputError, NumericsError
 from lrsd.model.load import LoadedModel, load_model
+from lrsd.model.samples import Samples, answer, distance, has_logits, run_model
 from lrsd.progress import Progress
 
 # Window of the published WikiText-2 perplexities.
 _DEFAULT_SEQLEN = 2048
+# Share of tokens that a masked language model is asked for.
+_MASKED = 0.15
+_PROTOCOLS = {
+    "causal": "token perplexity, non-overlapping windows, all tokens but the first of a window scored",
+    "masked": "masked-token perplexity, non-overlapping windows, 15 % of the tokens masked at once",
+    "seq2seq": "token perplexity of what follows a window of the same length, given that window",
+}
+_NONE = torch.zeros(0, dtype=torch.int64)
 # Lengths of the speed measurement: long enough to hide start-up, short enough for a laptop.
 _PREFILL_TOKENS = 512
 _DECODE_TOKENS = 64
@@ -44,6 +63,16 @@ class Divergence:
     kl: float
     top1_agreement: float
     scored_tokens: int
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Accuracy:
+    """Share of labelled texts that a classifier labels as they are."""
+
+    accuracy: float
+    text: str
+    texts: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +92,7 @@ class EvalResult:
     model: str
     perplexity: tuple[Perplexity, ...]
     divergence: tuple[Divergence, ...]
+    accuracy: Accuracy | None
     speed: Speed | None
 
     def to_dict(self) -> dict[str, Any]:
@@ -76,6 +106,7 @@ def evaluate(
     seqlen: int | None = None,
     windows: int | None = None,
     dense: str | None = None,
+    accuracy: str | None = None,
     with_speed: bool = False,
     dtype: str = "auto",
     device: str = "auto",
@@ -89,28 +120,84 @@ def evaluate(
     if dense is not None and not texts:
         raise InputError("--kl needs a text: add --ppl wikitext or --ppl FILE")
     # Texts first: a wrong name should not cost the loading of a model.
-    contents = {text: read_text(text, split="test", option="--ppl") for text in texts}
+    heard = [text for text in texts if Path(text).suffix == ".safetensors"]
+    contents = {t: t if t in heard else read_text(t, split="test", option="--ppl") for t in texts}
     loaded = load_model(source, dtype=dtype, device=device)
     context = loaded.context_length
     length = seqlen or min(_DEFAULT_SEQLEN, context or _DEFAULT_SEQLEN)
-    if context is not None and length > context:
+    if context is not None and length > context and loaded.kind != "speech":
         raise InputError(f"the model reads at most {context} tokens; lower --seqlen from {length}")
+    predicts = loaded.kind in _PROTOCOLS
+    if not predicts and dense is None and accuracy is None and not with_speed:
+        raise InputError(
+            f"{type(loaded.model).__name__} predicts no tokens; give --kl DENSE, or --accuracy FILE for a "
+            "classifier"
+        )
     reference = load_model(dense, dtype=dtype, device=device) if dense is not None else None
     scores: list[Perplexity] = []
     distances: list[Divergence] = []
     for text, content in contents.items():
-        blocks = evaluation_windows(tokenize(loaded.tokenizer, content), length, windows)
-        progress.stage(f"perplexity {text}", len(blocks))
-        scores.append(perplexity(loaded.model, blocks, text, lambda: progress.step("")))
+        asked = questions(loaded, content, length, windows)
+        if predicts:
+            progress.stage(f"perplexity {text}", len(asked))
+            scores.append(perplexity(loaded, asked, text, lambda: progress.step("")))
         if reference is not None:
-            progress.stage(f"divergence {text}", len(blocks))
-            distances.append(divergence(loaded.model, reference.model, blocks, lambda: progress.step("")))
+            progress.stage(f"divergence {text}", len(asked))
+            distances.append(
+                divergence(loaded.model, reference.model, asked, text, lambda: progress.step(""))
+            )
     return EvalResult(
         model=source,
         perplexity=tuple(scores),
         divergence=tuple(distances),
+        accuracy=classify(loaded, accuracy) if accuracy is not None else None,
         speed=speed(loaded) if with_speed else None,
     )
+
+
+@dataclass(frozen=True)
+class Question:
+    """One sample, and the rows of the model's answer to it that have a right token."""
+
+    samples: Samples
+    rows: Tensor
+    labels: Tensor
+
+
+def questions(loaded: LoadedModel, content: str, seqlen: int, windows: int | None) -> list[Question]:
+    """The first `windows` non-overlapping windows of a text, as this kind of model is asked about them.
+
+    content: the text, or for a model that hears the path of its features.
+    """
+    if loaded.kind == "speech":
+        features = read_features(content, "--ppl")[:windows]
+        settings = CalibrationSettings(source=content, samples=max(2, len(features)), seqlen=max(8, seqlen))
+        heard = speech_samples(loaded.model, settings)
+        return [Question(sample, _NONE, _NONE) for sample in heard[: len(features)].split(1)]
+    tokenizer = loaded.require_tokenizer()
+    length = 2 * seqlen if loaded.kind == "seq2seq" else seqlen
+    found = evaluation_windows(tokenize(tokenizer, content), length, windows)
+    everything = torch.arange(seqlen)
+    if loaded.kind == "causal":
+        return [Question(Samples({"input_ids": w[None]}), everything[:-1], w[1:]) for w in found]
+    if loaded.kind == "seq2seq":
+        pairs = paired(loaded.model, found).split(1)
+        return [Question(s, everything, w[seqlen:]) for s, w in zip(pairs, found, strict=True)]
+    blocks = enclosed(tokenizer, found)
+    if loaded.kind == "masked":
+        return [_masked(tokenizer, block, index) for index, block in enumerate(blocks)]
+    return [Question(Samples({"input_ids": block[None]}), _NONE, _NONE) for block in blocks]
+
+
+def _masked(tokenizer: PreTrainedTokenizerBase, block: Tensor, seed: int) -> Question:
+    """A window with 15 % of its tokens masked, the same ones whenever it is asked."""
+    if tokenizer.mask_token_id is None:
+        raise InputError("the tokenizer has no mask token; a masked language model needs one")
+    order = torch.randperm(len(block) - 2, generator=torch.Generator().manual_seed(seed))
+    rows = (1 + order[: max(1, int(_MASKED * len(block)))]).sort().values
+    hidden = block.clone()
+    hidden[rows] = tokenizer.mask_token_id
+    return Question(Samples({"input_ids": hidden[None]}), rows, block[rows])
 
 
 def evaluation_windows(tokens: Tensor, seqlen: int, windows: int | None) -> Tensor:
@@ -130,57 +217,83 @@ def evaluation_windows(tokens: Tensor, seqlen: int, windows: int | None) -> Tens
 
 @torch.inference_mode()
 def perplexity(
-    model: PreTrainedModel, windows: Tensor, text: str, step: Callable[[], None] = lambda: None
+    loaded: LoadedModel, asked: Sequence[Question], text: str, step: Callable[[], None] = lambda: None
 ) -> Perplexity:
-    """Token perplexity: every token but the first of a window is scored, given the window so far.
+    """Token perplexity: exp of the mean negative log-likelihood of the questions' tokens.
 
     Raises: NumericsError if any window's likelihood is not finite.
     """
-    total = 0.0
-    for index, window in enumerate(windows):
-        logits = _logits(model, window)
-        loss = float(cross_entropy(logits[:-1], window[1:].to(logits.device), reduction="sum").double())
+    total, scored = 0.0, 0
+    for index, question in enumerate(asked):
+        logits = answer(run_model(loaded.model, question.samples))[question.rows.to(loaded.model.device)]
+        loss = float(cross_entropy(logits, question.labels.to(logits.device), reduction="sum").double())
         if not math.isfinite(loss):
             raise NumericsError(
-                f"the model gives non-finite likelihoods in window {index + 1} of {len(windows)}"
+                f"the model gives non-finite likelihoods in window {index + 1} of {len(asked)}"
             )
         total += loss
+        scored += len(question.labels)
         step()
-    scored = windows.shape[0] * (windows.shape[1] - 1)
     return Perplexity(
         perplexity=math.exp(total / scored),
         text=text,
-        windows=windows.shape[0],
-        seqlen=windows.shape[1],
+        windows=len(asked),
+        seqlen=asked[0].samples.positions,
         scored_tokens=scored,
-        protocol="token perplexity, non-overlapping windows, all tokens but the first of a window scored",
+        protocol=_PROTOCOLS[loaded.kind],
     )
 
 
 @torch.inference_mode()
 def divergence(
-    model: PreTrainedModel, dense: PreTrainedModel, windows: Tensor, step: Callable[[], None] = lambda: None
+    model: PreTrainedModel,
+    dense: PreTrainedModel,
+    asked: Sequence[Question],
+    text: str,
+    step: Callable[[], None] = lambda: None,
 ) -> Divergence:
-    """KL and top-1 agreement with the dense model. Raises: InputError for different vocabularies."""
-    total, agreeing = 0.0, 0
-    for window in windows:
-        logits, reference = _logits(model, window), _logits(dense, window)
-        if logits.shape != reference.shape:
+    """KL and top-1 agreement with the dense model, over every row of its answers.
+
+    Raises: InputError for different vocabularies.
+    """
+    total, agreeing, rows = 0.0, 0, 0
+    for question in asked:
+        found, reference = (answer(run_model(m, question.samples)) for m in (model, dense))
+        if found.shape != reference.shape:
             raise InputError(
-                f"the models have vocabularies of {logits.shape[-1]} and {reference.shape[-1]} tokens; "
+                f"the models have vocabularies of {found.shape[-1]} and {reference.shape[-1]} tokens; "
                 "--kl needs the model that was compressed"
             )
-        total += float(
-            kl_div(
-                log_softmax(logits, -1), log_softmax(reference, -1), reduction="sum", log_target=True
-            ).double()
-        )
-        agreeing += int((logits.argmax(-1) == reference.argmax(-1)).sum())
+        total += distance(dense, reference, found) * len(reference)
+        agreeing += int((found.argmax(-1) == reference.argmax(-1)).sum())
+        rows += len(reference)
         step()
     if not math.isfinite(total):
         raise NumericsError("the divergence is not finite: one of the models gives non-finite logits")
-    tokens = windows.numel()
-    return Divergence(kl=total / tokens, top1_agreement=agreeing / tokens, scored_tokens=tokens)
+    return Divergence(kl=total / rows, top1_agreement=agreeing / rows, scored_tokens=rows, text=text)
+
+
+@torch.inference_mode()
+def classify(loaded: LoadedModel, source: str) -> Accuracy:
+    """Share of a file's texts that a classifier gives the label they have.
+
+    Args: source: JSONL with "text" and "label", or CSV with these columns; a label is a number or a name.
+    Raises: InputError for a model that is no classifier, or a row that has no such label.
+    """
+    names = getattr(loaded.model.config, "label2id", None) or {}
+    if loaded.kind != "encoder" or not has_logits(loaded.model):
+        raise InputError(f"--accuracy needs a classifier, {type(loaded.model).__name__} is none")
+    right = 0
+    rows = read_labelled(source)
+    for number, (text, label) in enumerate(rows, 1):
+        wanted = int(label) if label.isdigit() else names.get(label)
+        if wanted is None:
+            raise InputError(f"--accuracy: {source}:{number}: label {label!r} is none of {', '.join(names)}")
+        tokenizer = loaded.require_tokenizer()
+        ids = tokenizer(text, truncation=True, max_length=loaded.context_length).input_ids
+        found = answer(run_model(loaded.model, Samples({"input_ids": torch.tensor([ids])})))
+        right += int(found[0].argmax()) == wanted
+    return Accuracy(accuracy=right / len(rows), text=source, texts=len(rows))
 
 
 @torch.inference_mode()
@@ -210,10 +323,6 @@ def speed(loaded: LoadedModel) -> Speed:
         device=str(model.device),
         threads=torch.get_num_threads(),
     )
-
-
-def _logits(model: PreTrainedModel, window: Tensor) -> Tensor:
-    return model(window[None].to(model.device), use_cache=False).logits[0].float()
 
 
 def _now(model: PreTrainedModel) -> float:

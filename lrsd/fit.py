@@ -46,7 +46,6 @@ _Solved = tuple[Decomposition, LayerPlan, LowRankSparseLinear, Tensor | None]
 
 def fit_blocks(
     replay: Replay,
-    stream: Stream,
     survey: Survey,
     choice: Choice,
     budget: int,
@@ -55,23 +54,28 @@ def fit_blocks(
 ) -> dict[str, Fitted]:
     """Fit every planned layer, in the order in which the model runs them.
 
-    With propagation two streams of hidden states go through the model side by side, one dense and
-    one behind the layers fitted so far; without it the survey's moments are all that is needed.
+    With propagation two streams of hidden states go through each stack side by side, one dense and
+    one behind the layers fitted so far; without it, and for layers that not every token runs through
+    once, the survey's moments are all that is needed.
 
-    Args: stream: hidden states entering block 0. Raises: BudgetError if entropy-coded layers came out
+    Raises: BudgetError if entropy-coded layers came out
         so much larger than predicted that the last of them cannot make up for it.
     """
     model = replay.model
     progress.stage("compress", len(replay.layout.blocks))
     fitted: dict[str, Fitted] = {}
     purse = Purse(choice.plan, survey.curves, budget)
-    dense_stream = stream
+    stream: Stream = []
+    dense_stream: Stream = []
     for index, block in enumerate(replay.layout.blocks):
         after: Stream | None = None
+        if block.leads:
+            stream = dense_stream = replay.entering[block.stack]
         if choice.propagate:
             dense_inputs, dense_stream = _dense_pass(replay, index, dense_stream)
         for group in block.groups:
-            if choice.propagate:
+            pair = None
+            if choice.propagate and group.aligned:
                 pair = _pair_moments(replay, index, group, dense_inputs.pop(group.name), dense_stream, stream)
                 aims = _propagated_aims(model, group, pair)
             else:
@@ -85,10 +89,10 @@ def fit_blocks(
                     model, spec, aim, curve, purse, settings, carry, propagate=choice.propagate
                 )
             release_freed()
-            if choice.propagate and pair.closing is not None:
+            if pair is not None and pair.closing is not None:
                 after = _moved(pair.closing, before, _affine(model, group.linears[0]))
         if choice.propagate:
-            stream = after or [replay.run(index, hidden) for hidden in stream]
+            stream = after or replay.run_all(index, stream)
         progress.step(block.name)
     return fitted
 
@@ -206,13 +210,13 @@ def _pair_moments(
     first_held_out = sum(len(hidden) for hidden in stream) - held_out
     seen = 0
     closing: list[tuple[Tensor, Tensor]] = []
-    for hidden, dense_x, dense_y in zip(stream, dense_inputs, dense_after, strict=True):
+    for batch, (hidden, dense_x, dense_y) in enumerate(zip(stream, dense_inputs, dense_after, strict=True)):
         if closes:
-            y, inputs = replay.run_with_inputs(index, hidden)
+            y, inputs = replay.run_with_inputs(index, batch, hidden)
             x, t = inputs[group.name], dense_y.float() - y.float()
             closing.append((y, x))
         else:
-            x, t = replay.input_of(index, group.name, hidden), dense_x
+            x, t = replay.input_of(index, group.name, batch, hidden), dense_x
         # Some families flatten (samples, tokens) before their linears.
         x, t = (z.reshape(len(hidden), -1, z.shape[-1]) for z in (x, t))
         cut = min(max(first_held_out - seen, 0), len(hidden))
@@ -360,12 +364,12 @@ def _bias(
 
 
 def _dense_pass(replay: Replay, index: int, stream: Stream) -> tuple[dict[str, Stream], Stream]:
-    """Inputs of every group of a block that is still dense, and the hidden states behind it."""
-    inputs: dict[str, Stream] = {group.name: [] for group in replay.layout.blocks[index].groups}
+    """Inputs of a block that is still dense, of every group that has one per token, and its output."""
+    inputs: dict[str, Stream] = {g.name: [] for g in replay.layout.blocks[index].groups if g.aligned}
     after: Stream = []
-    for hidden in stream:
-        output, seen = replay.run_with_inputs(index, hidden)
-        for name, x in seen.items():
-            inputs[name].append(x)
+    for batch, hidden in enumerate(stream):
+        output, seen = replay.run_with_inputs(index, batch, hidden)
+        for name in inputs:
+            inputs[name].append(seen[name])
         after.append(output)
     return inputs, after

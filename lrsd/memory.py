@@ -6,9 +6,10 @@ import sys
 from functools import cache
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from lrsd.model.layout import Layout
+from lrsd.model.samples import Samples
 from lrsd.sensitivity import PROBE_LOGITS
 
 # Streams of hidden states held at once: entering block 0, entering this block, leaving it; with propagation
@@ -23,7 +24,7 @@ _LOGITS = 3
 
 
 def predicted_peak(
-    model: nn.Module, layout: Layout, tokens: Tensor, batch: int, *, propagate: bool, loaded: int
+    model: nn.Module, layout: Layout, samples: Samples, batch: int, *, propagate: bool, loaded: int
 ) -> int:
     """Bytes in memory at the worst moment: those `loaded` with the model in memory, the cache of hidden
     states, and the largest working set, that of a block's replay and moments, of a layer's solver, or
@@ -31,10 +32,10 @@ def predicted_peak(
     """
     parameters = list(model.parameters())
     value = parameters[0].element_size()
-    cache = _STREAMS[propagate] * tokens.numel() * layout.stream_width * value
+    cache = _STREAMS[propagate] * samples.positions * layout.stream_width * value
     largest = max(parameter.numel() for parameter in parameters)
     working = [4 * (largest + _LOGITS * PROBE_LOGITS * _vocabulary(model))]
-    replayed = min(batch, tokens.shape[0]) * tokens.shape[1]
+    replayed = samples[:batch].positions
     for block in layout.blocks:
         widths = [group.in_features for group in block.groups]
         outputs = [spec.shape.out_features for group in block.groups for spec in group.linears]
@@ -45,7 +46,7 @@ def predicted_peak(
             working.append(moments + 8 * (_SQUARES * group.in_features**2 + _WEIGHTS * layer))
     if propagate:
         # Inputs of a block's groups on all samples, and fitted weights beside the file that is mapped.
-        cache += tokens.numel() * value * max(sum(g.in_features for g in b.groups) for b in layout.blocks)
+        cache += samples.positions * value * max(sum(g.in_features for g in b.groups) for b in layout.blocks)
         cache += sum(spec.shape.dense_bytes for spec in layout.linears.values())
     return max(peak_rss(), loaded + cache + max(working))
 

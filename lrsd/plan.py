@@ -2,13 +2,13 @@
 
 from dataclasses import dataclass, field
 
-from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
+from torch import nn
 
 from lrsd.config import CompressionSettings
 from lrsd.errors import BudgetError
 from lrsd.model.layout import exchange_weight, read_weight
 from lrsd.model.replay import Replay
+from lrsd.model.samples import Samples, answer, distance, run_model
 from lrsd.numerics.allocate import (
     LayerCurve,
     Plan,
@@ -52,7 +52,7 @@ class Choice:
 def choose_plan(
     replay: Replay,
     survey: Survey,
-    tokens: Tensor,
+    samples: Samples,
     budget: int,
     settings: CompressionSettings,
     progress: Progress,
@@ -90,7 +90,7 @@ def choose_plan(
     progress.stage("compare plans", len(plans))
     compared = {}
     for name, plan in plans.items():
-        compared[name] = _held_out_divergence(replay, survey, tokens, plan, settings)
+        compared[name] = _held_out_divergence(replay, survey, samples, plan, settings)
         progress.step(name)
     best = min(compared, key=compared.__getitem__)
     return choice(best, plans[best], compared)
@@ -111,13 +111,13 @@ def _fixed_rank(curves: dict[str, LayerCurve], budget: int, rank: int) -> Plan:
 
 
 def _held_out_divergence(
-    replay: Replay, survey: Survey, tokens: Tensor, plan: Plan, settings: CompressionSettings
+    replay: Replay, survey: Survey, samples: Samples, plan: Plan, settings: CompressionSettings
 ) -> float:
     """KL(dense || planned) per token on the held-out samples, all layers fitted without propagation."""
     model = replay.model
-    held_out = tokens[-max(1, tokens.shape[0] // HELD_OUT) :][:_COMPARED_SAMPLES].to(model.device)
+    held_out = list(samples[-max(1, len(samples) // HELD_OUT) :][:_COMPARED_SAMPLES].split(1))
     originals: dict[str, nn.Parameter] = {}
-    reference = [log_softmax(model(batch, use_cache=False).logits.float(), -1) for batch in held_out.split(1)]
+    reference = [answer(run_model(model, sample)) for sample in held_out]
     for group in replay.layout.groups:
         metric_II = metric(settings, survey.moments[group.name])
         carry = feedback(metric_II) if has_codes(settings) else None
@@ -132,10 +132,9 @@ def _held_out_divergence(
                 originals[spec.name] = exchange_weight(model, spec, found.dense())
     try:
         total = 0.0
-        for batch, dense in zip(held_out.split(1), reference, strict=True):
-            planned = log_softmax(model(batch, use_cache=False).logits.float(), -1)
-            total += float(kl_div(planned, dense, reduction="sum", log_target=True))
-        return total / held_out.numel()
+        for sample, dense in zip(held_out, reference, strict=True):
+            total += distance(model, dense, answer(run_model(model, sample)))
+        return total / len(held_out)
     finally:
         for name, weight in originals.items():
             model.get_submodule(name).weight = weight

@@ -27,10 +27,30 @@ def summary_lines(manifest: Manifest) -> list[str]:
         f"multiply-adds   {manifest.macs_per_token / 1e6:.1f} M per token in the linear weights, "
         f"dense {manifest.dense_macs_per_token / 1e6:.1f} M",
         f"layers          {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
+        *_left_alone(manifest),
         f"time            {seconds}",
         f"memory          {_mb(manifest.memory['peak'])} at most, "
         f"{_mb(manifest.memory['predicted'])} predicted",
     ]
+
+
+def _left_alone(manifest: Manifest) -> list[str]:
+    """Lines on linear layers that stayed as they were and on experts that few tokens reached."""
+    lines = []
+    by_reason: dict[str, list[str]] = {}
+    for name, reason in manifest.untouched.items():
+        by_reason.setdefault(reason, []).append(name)
+    for reason, names in by_reason.items():
+        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+        lines.append(f"left dense      {shown} ({reason})")
+    starved = {
+        name: layer.routed_tokens
+        for name, layer in manifest.layers.items()
+        if layer.routed_tokens is not None and layer.routed_tokens < layer.in_features
+    }
+    for name, tokens in starved.items():
+        lines.append(f"few tokens      {name} saw {tokens}; made up with those of all experts of its block")
+    return lines
 
 
 def layer_table(manifest: Manifest) -> str:
@@ -96,10 +116,15 @@ def evaluation_lines(result: EvalResult) -> list[str]:
             f"  {score.windows} windows of {score.seqlen}, {score.scored_tokens:,} tokens scored; "
             f"{score.protocol}"
         )
-    for score, distance in zip(result.perplexity, result.divergence, strict=False):
+    for distance in result.divergence:
         lines.append(
             f"KL {distance.kl:.4g} nats per token, "
-            f"top-1 agreement {distance.top1_agreement:.1%}  {score.text}"
+            f"top-1 agreement {distance.top1_agreement:.1%}  {distance.text}"
+        )
+    if result.accuracy is not None:
+        lines.append(
+            f"accuracy   {result.accuracy.accuracy:.2%} of {result.accuracy.texts} texts  "
+            f"{result.accuracy.text}"
         )
     if result.speed is not None:
         lines.append(

@@ -1,17 +1,16 @@
 """How much the model's output suffers from each layer's error, measured by forward passes only."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 
 from lrsd.model.layout import Layout, LinearSpec, replaced_weight
 from lrsd.model.replay import Replay
+from lrsd.model.samples import Samples, distance
 
 # Tokens of a probe: set by the time they take, their effect on quality is not measured. The KL is read
 # off every second one, since the head costs as much as a third of all blocks.
@@ -22,30 +21,41 @@ PROBE_LOGITS = _SAMPLES * _TOKENS // _READ_EVERY
 
 
 @contextmanager
-def in_float32(model: nn.Module) -> Iterator[None]:
-    """A 16-bit model that computes in float32: each module's own weights are widened while it runs.
+def in_float32(model: nn.Module, layout: Layout, *, blocks_only: bool = False) -> Iterator[None]:
+    """A 16-bit model that computes in float32: each block's weights are widened while it runs.
 
-    No more than one module's weights are held twice.
+    No more is held twice than one block and what is not in a block: embeddings, head and norms, which
+    models also read without running them. blocks_only: these stay as they are.
     """
     narrow: dict[nn.Parameter, Tensor] = {}
 
-    def widen(module: nn.Module, args: Any) -> None:
-        for parameter in module.parameters(recurse=False):
+    def widen(parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
             if parameter.is_floating_point() and parameter.dtype != torch.float32:
                 narrow[parameter] = parameter.data
                 parameter.data = parameter.data.float()
 
-    def restore(module: nn.Module, args: Any, output: Any) -> None:
-        for parameter in module.parameters(recurse=False):
+    def restore(parameters: Iterable[nn.Parameter]) -> None:
+        for parameter in parameters:
             if parameter in narrow:
                 parameter.data = narrow.pop(parameter)
 
+    blocks = [model.get_submodule(block.name) for block in layout.blocks]
+    within = {parameter for block in blocks for parameter in block.parameters()}
+    others = [] if blocks_only else [p for p in model.parameters() if p not in within]
     with ExitStack() as hooks:
-        for module in model.modules():
-            if any(True for _ in module.parameters(recurse=False)):
-                hooks.callback(module.register_forward_pre_hook(widen).remove)
-                hooks.callback(module.register_forward_hook(restore, always_call=True).remove)
-        yield
+        for block in blocks:
+            enter = block.register_forward_pre_hook(lambda module, args: widen(module.parameters()))
+            leave = block.register_forward_hook(
+                lambda module, args, output: restore(module.parameters()), always_call=True
+            )
+            hooks.callback(enter.remove)
+            hooks.callback(leave.remove)
+        widen(others)
+        try:
+            yield
+        finally:
+            restore(others)
 
 
 @dataclass(frozen=True)
@@ -69,22 +79,23 @@ class Probe:
     much as most layers do.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, tokens: Tensor) -> None:
-        self._tokens = tokens[:_SAMPLES, :_TOKENS]
-        with in_float32(model):
-            self._replay, stream = Replay.start(model, layout, [self._tokens])
-            self._before = stream[0]
-            self._reference = self._log_probabilities(0)
+    def __init__(self, model: PreTrainedModel, layout: Layout, samples: Samples) -> None:
+        self._samples = samples[:_SAMPLES].cut(_TOKENS)
+        with in_float32(model, layout):
+            self._replay = Replay.start(model, layout, [self._samples])
             self._index = 0
-            self._after = self._replay.run(0, self._before)
+            self._before = self._replay.entering[0][0]
+            self._reference = self._answer()
+            self._after = self._replay.run(0, 0, self._before)
 
     def advance(self) -> None:
         """Go on to the next block."""
         self._index += 1
-        self._before = self._after
         if self._index < len(self._replay.layout.blocks):
-            with in_float32(self._replay.model):
-                self._after = self._replay.run(self._index, self._before)
+            block = self._replay.layout.blocks[self._index]
+            self._before = self._replay.entering[block.stack][0] if block.leads else self._after
+            with self._widened_blocks():
+                self._after = self._replay.run(self._index, 0, self._before)
 
     def measure(self, block: list[Perturbation]) -> dict[str, float]:
         """KL in nats per token per unit of relative error, by layer name."""
@@ -92,12 +103,10 @@ class Probe:
         if not block:
             return {}
         with ExitStack() as replaced:
-            replaced.enter_context(in_float32(self._replay.model))
+            replaced.enter_context(in_float32(self._replay.model, self._replay.layout))
             for perturbation in block:
                 replaced.enter_context(self._perturbed(perturbation))
-            perturbed = self._log_probabilities(self._index)
-        divergence = kl_div(perturbed, self._reference, reduction="sum", log_target=True)
-        per_token = max(float(divergence), 0.0) * _READ_EVERY / self._tokens.numel()
+            per_token = distance(self._replay.model, self._reference, self._answer())
         changes = [self._change(perturbation) for perturbation in block]
         total = sum(changes) or 1.0
         return {
@@ -105,16 +114,19 @@ class Probe:
             for perturbation, change in zip(block, changes, strict=True)
         }
 
+    def _widened_blocks(self) -> AbstractContextManager[None]:
+        return in_float32(self._replay.model, self._replay.layout, blocks_only=True)
+
     def _perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
         W_OI = perturbation.approximation_OI.float()
         return replaced_weight(self._replay.model, perturbation.spec, W_OI, W_OI.dtype)
 
     def _change(self, perturbation: Perturbation) -> float:
         """Mean squared change of the block's output, relative to each token's squared norm."""
-        with in_float32(self._replay.model), self._perturbed(perturbation):
-            moved = self._replay.run(self._index, self._before) - self._after
+        with self._widened_blocks(), self._perturbed(perturbation):
+            moved = self._replay.run(self._index, 0, self._before) - self._after
         norm = (self._after**2).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         return float(((moved**2).sum(-1) / norm).mean())
 
-    def _log_probabilities(self, index: int) -> Tensor:
-        return log_softmax(self._replay.logits_from(index, self._tokens, self._before, _READ_EVERY), -1)
+    def _answer(self) -> Tensor:
+        return self._replay.answer_from(self._index, self._samples, self._before, _READ_EVERY)

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -10,9 +10,10 @@ from torch import Tensor
 
 from lrsd.config import CompressionSettings
 from lrsd.memory import release_freed
-from lrsd.model.layout import LinearSpec, read_weight
+from lrsd.model.layout import Block, LinearSpec, read_weight
 from lrsd.model.load import check_finite
 from lrsd.model.replay import Replay, Stream
+from lrsd.model.samples import Samples
 from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, LayerPlan, Shape, Support, index_bytes
 from lrsd.numerics.lowrank import Spectrum, complement, spectrum, spectrum_errors
 from lrsd.numerics.moments import Moments, energy
@@ -44,17 +45,20 @@ _UNSTRUCTURED_SHARE = 0.25
 
 @dataclass(frozen=True)
 class Survey:
-    """curves: what each layer offers; sensitivity: KL of the output per unit of relative error."""
+    """curves: what each layer offers; sensitivity: KL of the output per unit of relative error.
+
+    routed: calibration tokens that reached each expert's layers.
+    """
 
     moments: Mapping[str, Moments]
     curves: dict[str, LayerCurve]
     sensitivity: dict[str, float]
+    routed: dict[str, int] = field(default_factory=dict)
 
 
 def survey_model(
     replay: Replay,
-    stream: Stream,
-    tokens: Tensor,
+    samples: Samples,
     settings: CompressionSettings,
     progress: Callable[[str], None] = lambda block: None,
     keep: MutableMapping[str, Moments] | None = None,
@@ -63,19 +67,24 @@ def survey_model(
 ) -> Survey:
     """One dense pass, block by block: moments per input group, error curves, sensitivities.
 
-    Args: stream: hidden states entering block 0 per batch; tokens: (samples, seqlen) that the
-        probes are cut from; keep: where the moments go, in memory by default; moments, sensitivity:
-        of an earlier survey of the same model and text, which spare the pass and the probes.
+    Args: samples: what the replay's batches and the probes are cut from; keep: where the moments go, in
+        memory by default; moments, sensitivity: of an earlier survey of the same model and text, which
+        spare the pass and the probes.
     """
     layout = replay.layout
     probing = sensitivity is None and needs_sensitivity(settings)
-    probe = Probe(replay.model, layout, tokens) if probing else None
+    probe = Probe(replay.model, layout, samples) if probing else None
     gathered = {} if keep is None else keep
     curves: dict[str, LayerCurve] = {}
     measured: dict[str, float] = {}
+    routed: dict[str, int] = {}
+    stream: Stream = []
     for index, block in enumerate(layout.blocks):
         if moments is None:
+            stream = replay.entering[block.stack] if block.leads else stream
             found, stream = block_moments(replay, index, stream)
+            routed |= {g.name: found[g.name].count for g in block.groups if g.routed}
+            found = share_among_experts(block, found)
             gathered.update(found)
         else:
             found = {group.name: moments[group.name] for group in block.groups}
@@ -106,6 +115,7 @@ def survey_model(
         gathered if moments is None else moments,
         curves,
         {name: weights.get(name, unmeasured) for name in curves},
+        routed,
     )
 
 
@@ -123,12 +133,29 @@ def block_moments(replay: Replay, index: int, stream: Stream) -> tuple[dict[str,
     block = replay.layout.blocks[index]
     moments = {g.name: Moments(g.in_features, stream[0].device) for g in block.groups}
     after: Stream = []
-    for hidden in stream:
-        output, inputs = replay.run_with_inputs(index, hidden)
+    for batch, hidden in enumerate(stream):
+        output, inputs = replay.run_with_inputs(index, batch, hidden)
         for name, x in inputs.items():
             moments[name].update_(x)
         after.append(output)
     return moments, after
+
+
+def share_among_experts(block: Block, moments: dict[str, Moments]) -> dict[str, Moments]:
+    """Moments of a block, those of experts that saw fewer tokens than they have inputs made up to that number
+    with the mean of all experts of the block: alone they would be singular, or nothing at all.
+    """
+    pools: dict[str, Moments] = {}
+    for group in block.groups:
+        if group.routed:
+            own = moments[group.name]
+            pools[group.routed] = pools[group.routed] + own if group.routed in pools else own
+    shared = dict(moments)
+    for group in block.groups:
+        missing = group.in_features - moments[group.name].count
+        if group.routed and missing > 0:
+            shared[group.name] = moments[group.name] + pools[group.routed].scaled(missing)
+    return shared
 
 
 def metric(settings: CompressionSettings, moments: Moments) -> Tensor:

@@ -6,21 +6,21 @@ import shutil
 import tempfile
 import time
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from find_model import find_model
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from lrsd.compress import calibration_tokens, compress
+from lrsd.compress import compress
 from lrsd.config import CalibrationSettings, CompressionSettings
-from lrsd.data import read_text, tokenize
-from lrsd.evaluate import divergence, evaluation_windows, perplexity
+from lrsd.data import calibration_samples, example, read_text
+from lrsd.evaluate import Question, divergence, perplexity, questions
 from lrsd.fit import fit_blocks
 from lrsd.model.layout import find_layout
-from lrsd.model.load import fingerprint, load_model
+from lrsd.model.load import LoadedModel, fingerprint, load_model
 from lrsd.model.replay import Replay
 from lrsd.numerics.allocate import dense_bytes
 from lrsd.numerics.moments import Moments
@@ -78,11 +78,11 @@ class Bench:
             source=args.calib, samples=args.samples, seqlen=args.seqlen, seed=args.seed
         )
         self.dense = load_model(self.model)
-        self.windows = {Path(text).name: self._windows(text) for text in args.eval}
+        self.questions = {Path(text).name: self._questions(text) for text in args.eval}
         protocol = (
             f"{Path(self.model).name} (stored as {self.dense.stored_as}), calibrated on {args.samples} x "
             f"{args.seqlen} tokens of {Path(args.calib).name} (seed {args.seed}), token perplexity on the "
-            f"first {args.windows} windows of {args.length} tokens of {', '.join(self.windows)}, "
+            f"first {args.windows} windows of {args.length} tokens of {', '.join(self.questions)}, "
             f"{self.dense.model.dtype}"
         )
         print(f"{protocol}, {torch.get_num_threads()} threads", flush=True)
@@ -92,7 +92,7 @@ class Bench:
         if self.rows and self.rows[0]["protocol"] != protocol:
             raise SystemExit(f"{args.json} holds rows of another protocol: {self.rows[0]['protocol']}")
         if not self.rows:
-            self._add({"name": "dense", "protocol": protocol, **self._perplexities(self.dense.model)})
+            self._add({"name": "dense", "protocol": protocol, **self._perplexities(self.dense)})
 
     def run(self, name: str, settings: CompressionSettings) -> dict[str, Any]:
         """Compress into a temporary directory, load it back, measure it, remove it."""
@@ -131,11 +131,11 @@ class Bench:
             "name": name,
             "bytes": stored,
             "of budget": stored / budget,
-            **self._perplexities(model),
+            **self._perplexities(replace(self.dense, model=model)),
             **more,
         }
         if with_divergence:
-            distance = divergence(model, self.dense.model, next(iter(self.windows.values())))
+            distance = divergence(model, self.dense.model, next(iter(self.questions.values())), "eval")
             row |= {"KL": distance.kl, "top-1": distance.top1_agreement}
         self._add(row)
         return row
@@ -144,14 +144,14 @@ class Bench:
         """One dense pass over the calibration text, for any number of `SharedSurvey.run`."""
         return SharedSurvey(self)
 
-    def _windows(self, text: str) -> Tensor:
-        tokens = tokenize(self.dense.tokenizer, read_text(text, split="test", option="--eval"))
-        return evaluation_windows(tokens, self.args.length, self.args.windows)
+    def _questions(self, text: str) -> list[Question]:
+        content = read_text(text, split="test", option="--eval")
+        return questions(self.dense, content, self.args.length, self.args.windows)
 
-    def _perplexities(self, model: PreTrainedModel) -> dict[str, float]:
+    def _perplexities(self, loaded: LoadedModel) -> dict[str, float]:
         """By column of the table: "perplexity" on the first text, "perplexity, NAME" on the others."""
-        scores = [perplexity(model, windows, "eval").perplexity for windows in self.windows.values()]
-        names = ["perplexity", *(f"perplexity, {name}" for name in list(self.windows)[1:])]
+        scores = [perplexity(loaded, asked, "eval").perplexity for asked in self.questions.values()]
+        names = ["perplexity", *(f"perplexity, {name}" for name in list(self.questions)[1:])]
         return dict(zip(names, scores, strict=True))
 
     def _add(self, row: dict[str, Any]) -> None:
@@ -184,13 +184,12 @@ class SharedSurvey:
     def _start(self) -> None:
         bench = self.bench
         self.model = deepcopy(bench.dense.model)
-        self.layout = find_layout(self.model)
+        self.layout = find_layout(self.model, example(bench.dense))
         identity = fingerprint(self.model)
         with torch.inference_mode():
-            self.tokens = calibration_tokens(bench.dense, identity, bench.calibration, Progress())
-        with torch.inference_mode():
-            replay, self.stream = Replay.start(self.model, self.layout, self.tokens.split(8))
-            stream = self.stream
+            self.samples = calibration_samples(bench.dense, identity, bench.calibration, Progress())
+            replay = Replay.start(self.model, self.layout, self.samples.split(8))
+            stream = replay.entering[0]
             for index in range(len(self.layout.blocks)):
                 found, stream = block_moments(replay, index, stream)
                 self.moments |= found
@@ -207,17 +206,17 @@ class SharedSurvey:
             self._start()
         start = time.perf_counter()
         model = deepcopy(self.model)
-        replay, _ = Replay.start(model, self.layout, self.tokens.split(8))
+        replay = Replay.start(model, self.layout, self.samples.split(8))
         kind = (settings.ratio, settings.bits, settings.coding, settings.method)
         survey = survey_model(
-            replay, self.stream, self.tokens, settings,
+            replay, self.samples, settings,
             moments=self.moments, sensitivity=self.sensitivity.get(kind),
         )  # fmt: skip
         if needs_sensitivity(settings):
             self.sensitivity[kind] = survey.sensitivity
         budget = int(dense_bytes(survey.curves) / settings.ratio)
-        choice = choose_plan(replay, survey, self.tokens, budget, settings, Progress())
-        fitted = fit_blocks(replay, self.stream, survey, choice, budget, settings, Progress())
+        choice = choose_plan(replay, survey, self.samples, budget, settings, Progress())
+        fitted = fit_blocks(replay, survey, choice, budget, settings, Progress())
         taken = sum(fitted[n].plan.nbytes(curve.shape) for n, curve in survey.curves.items())
         return self.bench.add(
             name, model, int(taken * counted), int(budget * counted),

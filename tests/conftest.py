@@ -3,13 +3,14 @@
 import pydoc_data.topics
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
-MakeModel = Callable[[PretrainedConfig], Path]
+MakeModel = Callable[..., Path]
 
 # Matrices this small gain nothing from a second thread, and on a busy machine lose a factor of ten.
 torch.set_num_threads(1)
@@ -36,12 +37,14 @@ def tokenizer(text_file: Path) -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=300,
-        special_tokens=["<s>", "</s>"],
+        special_tokens=["<s>", "</s>", "<mask>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     bpe.train([str(text_file)], trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", mask_token="<mask>"
+    )
 
 
 @pytest.fixture(scope="session")
@@ -63,11 +66,11 @@ def tiny_llama() -> Callable[..., LlamaConfig]:
 def make_model(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> MakeModel:
     """A model directory of random bfloat16 weights for a configuration, the tokenizer beside them."""
 
-    def make(config: PretrainedConfig) -> Path:
+    def make(config: PretrainedConfig, auto: Any = AutoModelForCausalLM) -> Path:
         directory = tmp_path_factory.mktemp(config.model_type) / "model"
         with torch.random.fork_rng():
             torch.manual_seed(0)
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+            model = auto.from_config(config, dtype=torch.bfloat16)
             with torch.no_grad():
                 for parameter in model.parameters():
                     if parameter.dim() == 1:  # biases of 0 and gains of 1 would hide what is lost

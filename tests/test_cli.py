@@ -229,7 +229,7 @@ def test_a_stopped_run_leaves_nothing_behind(
 def test_a_run_stopped_while_writing_leaves_nothing_behind(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(self: PreTrainedModel, directory: Path) -> None:
+    def interrupted(self: PreTrainedModel, directory: Path, **options: object) -> None:
         assert Path(directory).parent == tmp_path
         Path(directory, "model.safetensors").write_text("half of it")
         raise KeyboardInterrupt

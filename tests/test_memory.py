@@ -10,6 +10,7 @@ from lrsd.compress import compress
 from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.memory import current_rss, peak_rss, predicted_peak, release_freed
 from lrsd.model.layout import find_layout
+from lrsd.model.samples import Samples
 
 
 def test_freed_blocks_go_back_to_the_system() -> None:
@@ -28,12 +29,12 @@ def test_freed_blocks_go_back_to_the_system() -> None:
 
 def test_prediction_grows_by_the_cache_and_the_weights_that_it_counts(tiny_model_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    layout = find_layout(model)
+    samples = Samples({"input_ids": torch.zeros(9, 32, dtype=torch.int64)})
+    layout = find_layout(model, samples)
     huge = 2**40  # above the peak of the tests before this one
 
-    def predicted(samples: int, *, propagate: bool) -> int:
-        tokens = torch.zeros(samples, 32, dtype=torch.int64)
-        return predicted_peak(model, layout, tokens, 1, propagate=propagate, loaded=huge) - huge
+    def predicted(count: int, *, propagate: bool) -> int:
+        return predicted_peak(model, layout, samples[:count], 1, propagate=propagate, loaded=huge) - huge
 
     hidden_state = 2 * 32 * 64  # bfloat16, 32 tokens, width 64
     assert predicted(9, propagate=False) - predicted(8, propagate=False) == 3 * hidden_state

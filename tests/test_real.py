@@ -13,6 +13,7 @@ from lrsd.data import token_blocks
 from lrsd.model.layout import find_layout, read_weight
 from lrsd.model.load import load_model
 from lrsd.model.replay import Replay
+from lrsd.model.samples import Samples
 from lrsd.numerics.lowrank import best_low_rank, pivot_factors, spectrum_errors
 from lrsd.numerics.solver import decompose, relative_error
 from lrsd.numerics.structured import fit_beside_columns, select_columns, split_columns
@@ -39,8 +40,10 @@ def layers() -> Layers:
     tokens = token_blocks(loaded.tokenizer, text, samples=8, seqlen=256, seed=0)
     found: Layers = {}
     with torch.inference_mode():
-        layout = find_layout(loaded.model)
-        replay, stream = Replay.start(loaded.model, layout, tokens.split(8))
+        samples = Samples({"input_ids": tokens})
+        layout = find_layout(loaded.model, samples)
+        replay = Replay.start(loaded.model, layout, [samples])
+        stream = replay.entering[0]
         for index, block in enumerate(layout.blocks[:3]):
             moments, stream = block_moments(replay, index, stream)
             for group in block.groups:

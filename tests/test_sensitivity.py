@@ -11,6 +11,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lrsd.data import token_blocks
 from lrsd.model.layout import Layout, exchange_weight, find_layout, read_weight
+from lrsd.model.samples import Samples
 from lrsd.sensitivity import Perturbation, Probe, in_float32
 
 
@@ -30,7 +31,8 @@ def test_widened_modules_compute_what_a_float32_copy_does_and_are_narrow_again(
 ) -> None:
     expected = deepcopy(model).float()(tokens).logits
     before = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
-    with in_float32(model):
+    layout = find_layout(model, Samples({"input_ids": tokens}))
+    with in_float32(model, layout):
         found = model(tokens).logits
     assert found.dtype == torch.float32
     torch.testing.assert_close(found, expected, rtol=0, atol=0)
@@ -39,8 +41,9 @@ def test_widened_modules_compute_what_a_float32_copy_does_and_are_narrow_again(
 
 
 @torch.inference_mode()
-def test_weights_are_narrow_again_after_a_failure(model: PreTrainedModel) -> None:
-    with pytest.raises(IndexError), in_float32(model):
+def test_weights_are_narrow_again_after_a_failure(model: PreTrainedModel, tokens: Tensor) -> None:
+    layout = find_layout(model, Samples({"input_ids": tokens}))
+    with pytest.raises(IndexError), in_float32(model, layout):
         model(torch.full((1, 4), 10**6))
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
@@ -58,8 +61,8 @@ def perturbed(model: PreTrainedModel, layout: Layout, scale: float) -> dict[str,
 
 @torch.inference_mode()
 def test_shares_of_a_block_add_up_to_the_loss_of_the_block(model: PreTrainedModel, tokens: Tensor) -> None:
-    layout = find_layout(model)
-    probe = Probe(model, layout, tokens)
+    layout = find_layout(model, Samples({"input_ids": tokens}))
+    probe = Probe(model, layout, Samples({"input_ids": tokens}))
     exact = deepcopy(model).float()
     reference = log_softmax(exact(tokens).logits, -1)
     for block in layout.blocks:
@@ -80,11 +83,11 @@ def test_shares_of_a_block_add_up_to_the_loss_of_the_block(model: PreTrainedMode
 
 @torch.inference_mode()
 def test_the_layer_that_moves_the_output_more_gets_more(model: PreTrainedModel, tokens: Tensor) -> None:
-    layout = find_layout(model)
+    layout = find_layout(model, Samples({"input_ids": tokens}))
     small, large = perturbed(model, layout, 0.01), perturbed(model, layout, 0.1)
     names = [spec.name for group in layout.blocks[0].groups for spec in group.linears]
     for loud in names:
         members = [large[name] if name == loud else small[name] for name in names]
         equal = [Perturbation(m.spec, m.approximation_OI, 1.0) for m in members]
-        measured = Probe(model, layout, tokens).measure(equal)
+        measured = Probe(model, layout, Samples({"input_ids": tokens})).measure(equal)
         assert max(measured, key=measured.__getitem__) == loud

@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from lrsd.errors import CheckpointError
 from lrsd.model.embedding import embedding_names, insert_embeddings, restore_embeddings
+from lrsd.model.experts import fuse_experts, fusions, unfuse_experts
 from lrsd.model.linear import LayerFormat, LowRankSparseLinear
 from lrsd.numerics.allocate import Shape
 
@@ -29,19 +30,22 @@ _LARGEST_EXPONENT = 8 * 127
 @register_quantization_config("lrsd")
 class LrsdConfig(QuantizationConfigMixin):
     """`quantization_config` of config.json: the format of every packed layer, by module name, and the
-    names of embedding and head where these are in 8 bit."""
+    names of embedding and head where these are in 8 bit, and the modules of experts that were taken apart,
+    with how the model had them fused."""
 
     def __init__(
         self,
         layers: dict[str, dict[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         embeddings: list[str] | None = None,
+        experts: dict[str, dict[str, bool]] | None = None,
         **_: Any,
     ) -> None:
         self.quant_method = "lrsd"  # type: ignore[assignment]  # transformers names its own methods only
         self.format_version = format_version
         self.layers = layers or {}
         self.embeddings = list(embeddings or [])
+        self.experts = dict(experts or {})
         if format_version != FORMAT_VERSION:
             raise CheckpointError(
                 f"checkpoint has format version {format_version}, this lrsd reads {FORMAT_VERSION}; "
@@ -91,6 +95,13 @@ class LrsdQuantizer(HfQuantizer):
         self, model: PreTrainedModel, checkpoint_files: list[str] | None = None, **_: Any
     ) -> PreTrainedModel:
         config = self.quantization_config
+        if config.experts:
+            unfuse_experts(model)
+        if config.experts != fusions(model):
+            raise CheckpointError(
+                f"config.json has experts in {sorted(config.experts)}, {type(model).__name__} in "
+                f"{sorted(fusions(model))}"
+            )
         insert_packed(model, config.formats())
         if not set(config.embeddings) <= set(embedding_names(model)):
             raise CheckpointError(
@@ -102,12 +113,19 @@ class LrsdQuantizer(HfQuantizer):
             _require_tensors(model, [*config.layers, *config.embeddings], checkpoint_files)
         return model
 
+    def update_weight_conversions(
+        self, weight_conversions: list[Any], model: PreTrainedModel | None = None
+    ) -> list[Any]:
+        """None: a packed checkpoint has the names of the model in memory."""
+        return []
+
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
         for name in self.quantization_config.layers:
             packed = model.get_submodule(name)
             assert isinstance(packed, LowRankSparseLinear)
             model.set_submodule(name, packed.to_dense(dtype or packed.weight.dtype))
         restore_embeddings(model, self.quantization_config.embeddings, dtype)
+        fuse_experts(model)
         return model
 
     def is_serializable(self) -> bool:
@@ -152,9 +170,10 @@ def mark_packed(
 ) -> None:
     """Make `save_pretrained` write the packed form of a model whose layers were replaced in memory."""
     layers = {name: layout.to_dict() for name, layout in formats.items()}
-    config = LrsdConfig(layers=layers, embeddings=list(embeddings))
+    config = LrsdConfig(layers=layers, embeddings=list(embeddings), experts=fusions(model))
     model.config.quantization_config = config
     state = {"hf_quantizer": LrsdQuantizer(config), "is_quantized": True, "quantization_method": "lrsd"}
+    state["_weight_conversions"] = []
     for name, value in state.items():
         setattr(model, name, value)
 

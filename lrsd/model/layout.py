@@ -2,15 +2,18 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
+from lrsd.config import Selection
 from lrsd.errors import InputError
-from lrsd.numerics.allocate import Shape
+from lrsd.model.experts import DOWNS, UPS, is_unfused
+from lrsd.model.samples import Samples, run_model
+from lrsd.numerics.allocate import VALUE_BYTES, Shape
 
 
 @dataclass(frozen=True)
@@ -25,13 +28,15 @@ class LinearSpec:
 
 @dataclass(frozen=True)
 class InputGroup:
-    """Linears of one block that read the same input tensor, e.g. q, k and v; in call order.
+    """Linears of one block that read the same inputs, e.g. q, k and v; in call order.
 
-    adds_to_stream: the outputs go into the residual stream as they are, so that the block's output
-    contains them one to one.
+    routed: only some tokens reach them, those that a router sends to one expert; the name of the module
+    list of all experts then. repeated: they run more than once per block.
     """
 
     linears: tuple[LinearSpec, ...]
+    routed: str | None = None
+    repeated: bool = False
 
     @property
     def name(self) -> str:
@@ -41,22 +46,35 @@ class InputGroup:
     def in_features(self) -> int:
         return self.linears[0].shape.in_features
 
+    @property
+    def aligned(self) -> bool:
+        """Whether every pass has one input here for every token, so that two passes can be compared."""
+        return self.routed is None and not self.repeated
+
 
 @dataclass(frozen=True)
 class Block:
-    """One decoder layer: its module name and its input groups in call order."""
+    """One layer of a stack: its module name, its input groups in call order, and the number of its stack.
+
+    leads: its input is the stack's.
+    """
 
     name: str
     groups: tuple[InputGroup, ...]
+    stack: int
+    leads: bool
 
 
 @dataclass(frozen=True)
 class Layout:
-    """All blocks in order. `linears` is every compressible weight."""
+    """All blocks in the order in which they run, the encoder's before the decoder's.
+
+    `linears` is every compressible weight. untouched: other linear layers and why they stay dense.
+    """
 
     blocks: tuple[Block, ...]
     stream_width: int
-    untouched: tuple[str, ...] = field(default=())
+    untouched: dict[str, str] = field(default_factory=dict)
 
     @property
     def linears(self) -> dict[str, LinearSpec]:
@@ -66,48 +84,95 @@ class Layout:
     def groups(self) -> list[InputGroup]:
         return [group for block in self.blocks for group in block.groups]
 
+    @property
+    def stacks(self) -> int:
+        return 1 + max(block.stack for block in self.blocks)
 
-def find_layout(model: PreTrainedModel) -> Layout:
-    """Trace one short forward pass: which linears run, in what order, on which shared inputs.
 
-    Blocks are the members of the module list that holds most linear weights.
+def find_layout(model: PreTrainedModel, example: Samples, selection: Selection | None = None) -> Layout:
+    """Trace one forward pass: which linears run in which block, in what order, on which shared inputs.
+
+    Blocks are the members of the module lists that hold most linear weights: of one list, or of the
+    encoder's and the decoder's. Experts are taken from their modules, since a short pass reaches few.
 
     Raises: InputError if the model has no such list or no linear weights in it.
     """
-    blocks_name, blocks = _block_list(model)
-    calls: list[list[tuple[str, int]]] = [[] for _ in blocks]
+    selection = selection or Selection()
+    lists = _block_lists(model)
     names = {module: name for name, module in model.named_modules()}
+    places = [(stack, index) for stack, (_, blocks) in enumerate(lists) for index in range(len(blocks))]
+    calls: dict[tuple[int, int], list[tuple[str, tuple[int, ...]]]] = {place: [] for place in places}
+    runs = dict.fromkeys(places, 0)
     kept_alive: list[Tensor] = []  # so that no two inputs of the trace share a storage address
 
-    def record(block: int, module: nn.Module, x: Tensor) -> None:
+    def record(place: tuple[int, int], module: nn.Module, x: Tensor) -> None:
         kept_alive.append(x)
-        calls[block].append((names[module], x.data_ptr()))
+        calls[place].append((names[module], (x.data_ptr(), *x.shape)))
+
+    def count(place: tuple[int, int]) -> None:
+        runs[place] += 1
 
     handles = [
-        module.register_forward_pre_hook(lambda m, args, block=index: record(block, m, args[0]))
+        module.register_forward_pre_hook(lambda m, args, place=(stack, index): record(place, m, args[0]))
+        for stack, (_, blocks) in enumerate(lists)
         for index, block in enumerate(blocks)
-        for module in block.modules()
-        if is_linear(module)
+        for module in _plain_linears(block)
+    ] + [
+        lists[stack][1][index].register_forward_pre_hook(lambda m, args, place=(stack, index): count(place))
+        for stack, index in places
     ]
     try:
         with torch.inference_mode():
-            tokens = torch.zeros(1, 8, dtype=torch.int64, device=model.device)
-            width = int(model(tokens, use_cache=False, output_hidden_states=True).hidden_states[0].shape[-1])
+            run_model(model, example)
     finally:
         for handle in handles:
             handle.remove()
-    traced = tuple(
-        Block(f"{blocks_name}.{index}", _groups(model, block_calls))
-        for index, block_calls in enumerate(calls)
-    )
-    found = {name for block_calls in calls for name, _ in block_calls}
-    untouched = tuple(n for n, m in model.named_modules() if is_linear(m) and n not in found)
-    if not found:
+    if any(number != 1 for number in runs.values()):
         raise InputError(
-            f"{type(model).__name__} runs no linear layer inside its blocks {blocks_name!r}; "
-            "lrsd compresses nn.Linear and Conv1D weights only"
+            f"{type(model).__name__} runs its blocks {sorted(set(runs.values()))} times per pass; "
+            "lrsd compresses models that run each block once"
         )
-    return Layout(traced, width, untouched)
+    untouched: dict[str, str] = {}
+    traced = []
+    for stack, (lists_name, blocks) in enumerate(lists):
+        for index, block in enumerate(blocks):
+            name = f"{lists_name}.{index}"
+            groups = [*_groups(model, calls[stack, index]), *_expert_groups(model, name, block)]
+            chosen = (_chosen(group, selection, untouched) for group in groups)
+            traced.append(Block(name, tuple(group for group in chosen if group), stack, index == 0))
+    layout = Layout(tuple(traced), _stream_width(model), untouched)
+    for name, module in model.named_modules():
+        if is_linear(module) and name not in layout.linears and name not in untouched:
+            head = module is model.get_output_embeddings()
+            untouched[name] = "the model's head" if head else "not run within a block"
+    if not layout.linears:
+        raise InputError(
+            f"{type(model).__name__} runs no linear layer inside its blocks "
+            f"{' and '.join(name for name, _ in lists)} that may be compressed; "
+            "lrsd compresses nn.Linear, Conv1D and fused experts' weights only"
+        )
+    return layout
+
+
+def _plain_linears(block: nn.Module) -> list[nn.Module]:
+    """Linear layers of a block but those of its experts."""
+    routed = {m for experts in block.modules() if is_unfused(experts) for m in experts.modules()}
+    return [module for module in block.modules() if is_linear(module) and module not in routed]
+
+
+def _stream_width(model: PreTrainedModel) -> int:
+    config = model.config.get_text_config()
+    return int(getattr(config, "hidden_size", None) or config.d_model)
+
+
+def _chosen(group: InputGroup, selection: Selection, untouched: dict[str, str]) -> InputGroup | None:
+    reasons = {
+        spec.name: selection.reason_against(spec.name, spec.shape.dense_bytes // VALUE_BYTES)
+        for spec in group.linears
+    }
+    untouched |= {name: reason for name, reason in reasons.items() if reason}
+    linears = tuple(spec for spec in group.linears if reasons[spec.name] is None)
+    return replace(group, linears=linears) if linears else None
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -145,29 +210,47 @@ def exchange_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor) -> nn.Para
     return original
 
 
-def _block_list(model: PreTrainedModel) -> tuple[str, nn.ModuleList]:
+def _block_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
+    """The list of blocks, or the encoder's and the decoder's, in the order in which they run."""
+    stacks: list[nn.Module] = [model]
+    if model.config.is_encoder_decoder:
+        stacks = [model.get_encoder(), model.get_decoder()]
+    names = {module: name for name, module in model.named_modules()}
+    return [(names[blocks], blocks) for blocks in (_largest_list(model, stack) for stack in stacks)]
+
+
+def _largest_list(model: PreTrainedModel, stack: nn.Module) -> nn.ModuleList:
     def size(modules: nn.ModuleList) -> int:
         return sum(m.weight.numel() for m in modules.modules() if is_linear(m))  # type: ignore[misc, operator]
 
-    lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m)]
-    sized = [(size(modules), name, modules) for name, modules in lists]
-    if not sized or max(sized, key=lambda item: item[0])[0] == 0:
+    lists = [m for m in stack.modules() if isinstance(m, nn.ModuleList) and len(m)]
+    largest = max(lists, key=size, default=None)
+    if largest is None or size(largest) == 0:
         raise InputError(
             f"{type(model).__name__} has no list of blocks with linear layers; nothing to compress"
         )
-    _, name, modules = max(sized, key=lambda item: item[0])
-    return name, modules
+    return largest
 
 
-def _groups(model: PreTrainedModel, calls: list[tuple[str, int]]) -> tuple[InputGroup, ...]:
-    by_input: dict[int, list[LinearSpec]] = {}
-    seen: set[str] = set()
+def _groups(model: PreTrainedModel, calls: list[tuple[str, tuple[int, ...]]]) -> list[InputGroup]:
+    """Linears by the inputs that they read in one pass, all of them where they run more than once."""
+    inputs: dict[str, tuple[tuple[int, ...], ...]] = {}
     for name, pointer in calls:
-        if name in seen:
-            raise InputError(f"{name} runs more than once per block; weight sharing is not supported yet")
-        seen.add(name)
-        by_input.setdefault(pointer, []).append(_spec(model, name))
-    return tuple(InputGroup(tuple(specs)) for specs in by_input.values())
+        inputs[name] = (*inputs.get(name, ()), pointer)
+    by_input: dict[tuple[tuple[int, ...], ...], list[LinearSpec]] = {}
+    for name, read in inputs.items():
+        by_input.setdefault(read, []).append(_spec(model, name))
+    return [InputGroup(tuple(specs), repeated=len(read) > 1) for read, specs in by_input.items()]
+
+
+def _expert_groups(model: PreTrainedModel, block_name: str, block: nn.Module) -> list[InputGroup]:
+    return [
+        InputGroup((_spec(model, f"{block_name}.{name}.{part}.{expert}"),), f"{block_name}.{name}.{part}")
+        for name, module in block.named_modules()
+        if is_unfused(module)
+        for part in (UPS, DOWNS)
+        for expert in range(len(getattr(module, part)))
+    ]
 
 
 def _spec(model: PreTrainedModel, name: str) -> LinearSpec:

@@ -3,6 +3,7 @@
 import hashlib
 import importlib.util
 import json
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor, nn
@@ -18,33 +20,46 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
 
 from lrsd.errors import InputError, NumericsError
+from lrsd.model.samples import Kind, kind_of
 
 # What transformers and the readers below it raise for a damaged file or an impossible configuration.
 _UNREADABLE = (
     OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
     SafetensorError, StrictDataclassError,
 )  # fmt: skip
+_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 # Values hashed per tensor: enough to tell two trainings of one architecture apart, at no cost.
 _FINGERPRINT_VALUES = 256
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A dense or compressed model on its device in evaluation mode.
+    """A dense or compressed model on its device in evaluation mode; a tokenizer unless it hears sound.
 
     stored_as: how the source held the weights ("bfloat16", "GGUF Q4_1", ...), for the report.
     """
 
     model: PreTrainedModel
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerBase | None
     source: str
     stored_as: str
+
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.model)
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """Raises: InputError if there is none: models that hear may come without."""
+        if self.tokenizer is None:
+            raise InputError(f"{self.source} has no tokenizer; put tokenizer.json beside the weights")
+        return self.tokenizer
 
     @property
     def context_length(self) -> int | None:
@@ -52,7 +67,8 @@ class LoadedModel:
 
 
 def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
-    """Load a causal language model and its tokenizer; remote code and pickles are never run.
+    """Load a model, with the head that its configuration names, and its tokenizer; remote code and pickles
+    are never run.
 
     Args: source: directory of safetensors, .gguf file, or hub id; dtype: "auto" keeps a 16-bit
         model as it is and turns any other into bfloat16; device: "auto" is cuda where there is one.
@@ -71,7 +87,7 @@ def _load(source: str, dtype: str, device: str) -> LoadedModel:
         native = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         chosen = _resolve_dtype(dtype, native)
         with _errors_only():
-            loaded: Any = AutoModelForCausalLM.from_pretrained(
+            loaded: Any = _model_class(config).from_pretrained(
                 where, config=config, dtype=chosen, trust_remote_code=False, output_loading_info=True,
                 ignore_mismatched_sizes=True, **_safe(arguments),
             )  # fmt: skip
@@ -80,7 +96,8 @@ def _load(source: str, dtype: str, device: str) -> LoadedModel:
         raise InputError(f"cannot load {place}: {_first_line(error)}") from error
     model, report = loaded
     _require_all_weights(source, report)
-    tokenizer = _load_tokenizer(where, source, arguments)
+    hears = model.main_input_name == "input_features"
+    tokenizer = None if hears else _load_tokenizer(where, source, arguments)
     nn.Module.to(model, target)
     return LoadedModel(model.eval(), tokenizer, source, stored_as or native)
 
@@ -116,6 +133,29 @@ def resolve_device(device: str) -> torch.device:
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} is not available: {_first_line(error)}") from error
+
+
+def _model_class(config: PretrainedConfig) -> Any:
+    """The class that the configuration names; a language model where it names none.
+
+    Raises: InputError if that class is of another kind of model than the configuration.
+    """
+    named = getattr(transformers, (config.architectures or [""])[0], None)
+    is_text_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    if is_text_model and named.config_class and not isinstance(config, named.config_class):
+        raise InputError(
+            f"cannot load a {named.__name__} from the configuration of a {config.model_type} model; "
+            "the architectures and the model_type in config.json must agree"
+        )
+    several_media = not config.is_encoder_decoder and "ConditionalGeneration" in str(named)
+    return named if is_text_model and not several_media else AutoModelForCausalLM
+
+
+def copy_processor(source: str, target: Path) -> None:
+    """The files beside the weights by which sound or images become inputs, where the source has any."""
+    for name in _PROCESSOR_FILES:
+        if (path := Path(source) / name).is_file():
+            shutil.copyfile(path, target / name)
 
 
 def _locate(source: str) -> tuple[str, dict[str, Any], str | None]:

@@ -1,16 +1,20 @@
 """Run a model block by block on cached hidden states, looking at the inputs of its linears."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
 
+from lrsd.errors import InputError
 from lrsd.model.layout import Block, Layout
+from lrsd.model.samples import Samples, answer, run_model
 
 # Hidden states of a batch of samples, one tensor (batch, seqlen, width) per batch.
 Stream = list[Tensor]
@@ -21,47 +25,75 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
 
 
 @dataclass(frozen=True)
-class Replay:
-    """The blocks of one model, each callable on cached hidden states.
+class _Call:
+    """What a block was called with besides its hidden states, and what it returned besides them."""
 
-    What a block is called with besides hidden states (rotary embeddings, masks) depends on the
-    batch shape only, since samples are unpadded, so it is recorded once per batch size.
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    rest: tuple[Any, ...] | None
+
+
+@dataclass(frozen=True)
+class Replay:
+    """The blocks of one model, each callable on cached hidden states of a numbered batch.
+
+    What a block is called with besides (rotary embeddings, masks) depends on the batch's shape only, since
+    samples are unpadded; in a decoder that looks at an encoder, also on the encoder's output: that of the
+    model as it was at the start. calls: per batch, per block; shared by batches of one shape.
+    entering: the hidden states that enter each stack's first block.
+    encoded: the encoder's output per batch, where there is one.
     """
 
     model: PreTrainedModel
     layout: Layout
-    arguments: dict[tuple[int, int], list[dict[str, Any]]]
-    tuple_output: bool = False
+    calls: tuple[list[_Call], ...]
+    entering: tuple[Stream, ...]
+    encoded: Stream
 
     @staticmethod
-    def start(model: PreTrainedModel, layout: Layout, batches: Sequence[Tensor]) -> tuple["Replay", Stream]:
-        """The replay and the hidden states that enter the first block, for token batches (B, T)."""
-        arguments: dict[tuple[int, int], list[dict[str, Any]]] = {}
-        stream: Stream = []
-        tuple_output = False
-        for tokens in batches:
-            tokens = tokens.to(model.device)
-            shape = (tokens.shape[0], tokens.shape[1])
-            if shape not in arguments:
-                arguments[shape], tuple_output = _record_arguments(model, layout, tokens)
-            stream.append(_first_input(model, layout, tokens))
-        return Replay(model, layout, arguments, tuple_output), stream
+    def start(model: PreTrainedModel, layout: Layout, batches: Iterable[Samples]) -> "Replay":
+        """Raises: InputError if the model does something between two blocks, or runs one twice."""
+        calls: list[list[_Call]] = []
+        entering: tuple[Stream, ...] = tuple([] for _ in range(layout.stacks))
+        encoded: Stream = []
+        by_shape: dict[Any, list[_Call]] = {}
+        for samples in batches:
+            known = by_shape.get(samples.shapes) if layout.stacks == 1 else None
+            traced = _trace(model, layout, samples, only_entry=known is not None)
+            for stream, hidden in zip(entering, traced.entering, strict=True):
+                stream.append(hidden)
+            if traced.encoded is not None:
+                encoded.append(traced.encoded)
+            calls.append(known or traced.calls)
+            by_shape[samples.shapes] = calls[-1]
+        return Replay(model, layout, tuple(calls), entering, encoded)
 
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.layout.blocks[index].name)
 
-    def run(self, index: int, hidden: Tensor) -> Tensor:
-        """Output of one block for one batch of hidden states."""
-        output = self.block(index)(hidden, **self.arguments[hidden.shape[0], hidden.shape[1]][index])
+    def run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
+        """Output of one block for the hidden states of one batch."""
+        call = self.calls[batch][index]
+        output = self.block(index)(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def run_with_inputs(self, index: int, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Output of one block and the input of each of its groups, by group name."""
-        inputs: dict[str, Tensor] = {}
-        with _on_input(self.model, self.layout.blocks[index], inputs.__setitem__):
-            return self.run(index, hidden), inputs
+    def run_all(self, index: int, stream: Stream) -> Stream:
+        return [self.run(index, batch, hidden) for batch, hidden in enumerate(stream)]
 
-    def input_of(self, index: int, group: str, hidden: Tensor) -> Tensor:
+    def run_with_inputs(self, index: int, batch: int, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Output of one block and the input of each of its groups, by group name.
+
+        A group that runs more than once has its inputs' tokens one after the other, (tokens, width);
+        one that no token was routed to has none.
+        """
+        inputs: dict[str, list[Tensor]] = {}
+        with _on_input(
+            self.model, self.layout.blocks[index], lambda n, x: inputs.setdefault(n, []).append(x)
+        ):
+            output = self.run(index, batch, hidden)
+        return output, {name: x[0] if len(x) == 1 else _joined(x) for name, x in inputs.items()}
+
+    def input_of(self, index: int, group: str, batch: int, hidden: Tensor) -> Tensor:
         """Input of one group of a block; what comes after it in the block is not run."""
         inputs: dict[str, Tensor] = {}
 
@@ -71,38 +103,38 @@ class Replay:
                 raise _Reached
 
         with _on_input(self.model, self.layout.blocks[index], stop), suppress(_Reached):
-            self.run(index, hidden)
+            self.run(index, batch, hidden)
         return inputs[group]
 
     def adds_to_output(self, index: int, linear: str, hidden: Tensor) -> bool:
         """Whether the block's output contains this linear's output one to one (residual stream).
 
-        Tried, not assumed: the linear's output is shifted and the block's output has to follow.
+        Tried on batch 0, not assumed: the linear's output is shifted and the block's output has to follow.
         """
-        hidden = hidden[:1]
-        key = (1, hidden.shape[1])
-        if key not in self.arguments:
-            full = next(arguments for shape, arguments in self.arguments.items() if shape[1] == key[1])
-            self.arguments[key] = [
-                {name: _first_sample(value) for name, value in block.items()} for block in full
-            ]
-        plain = self.run(index, hidden).float()
+        plain = self.run(index, 0, hidden).float()
         shift = plain.abs().mean()
         module = self.model.get_submodule(linear)
         handle = module.register_forward_hook(lambda m, args, output: output + shift.to(output.dtype))
         try:
-            moved = self.run(index, hidden).float() - plain
+            moved = self.run(index, 0, hidden).float() - plain
         finally:
             handle.remove()
         # 16-bit rounding of the shifted sum allows no more than a few per cent of the shift.
         return bool((moved - shift).abs().median() < 0.05 * shift)
 
-    def logits_from(self, index: int, tokens: Tensor, hidden: Tensor, every: int = 1) -> Tensor:
-        """Logits when block `index` reads `hidden`, float32; the model's own code runs what follows.
+    def answer_from(self, index: int, samples: Samples, hidden: Tensor, every: int = 1) -> Tensor:
+        """The model's `answer` to batch 0, `samples`, when block `index` reads `hidden`; the model's own code
+        runs what follows.
 
-        every: only those of every so many tokens, which spares most of the head.
+        every: of a causal model, the logits of every so many tokens only, which spares most of the head.
         """
-        kept = torch.arange(0, hidden.shape[1], every, device=hidden.device)
+        more: dict[str, Any] = {}
+        if self.layout.blocks[index].stack > 0:
+            more["encoder_outputs"] = BaseModelOutput(last_hidden_state=self.encoded[0])
+        thinned = "logits_to_keep" in signature(self.model.forward).parameters
+        if thinned:
+            tokens = samples.inputs["input_ids"].shape[1]
+            more["logits_to_keep"] = torch.arange(0, tokens, every, device=hidden.device)
 
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             if args:
@@ -112,37 +144,33 @@ class Replay:
         handle = self.block(index).register_forward_pre_hook(enter, with_kwargs=True)
         try:
             with self._skipped(index):
-                tokens = tokens.to(self.model.device)
-                if "logits_to_keep" in signature(self.model.forward).parameters:
-                    return self.model(tokens, use_cache=False, logits_to_keep=kept).logits.float()
-                return self.model(tokens, use_cache=False).logits[:, kept].float()
+                return answer(run_model(self.model, samples, **more))
         finally:
             handle.remove()
 
     @contextmanager
     def _skipped(self, count: int) -> Iterator[None]:
         """The first `count` blocks hand their input through, for as long as the context lasts."""
-        blocks = [self.block(index) for index in range(count)]
-        for block in blocks:
-            block.forward = self._hand_through
+        blocks = [(self.block(index), self.calls[0][index]) for index in range(count)]
+        for block, call in blocks:
+            block.forward = partial(_hand_through, call.rest)
         try:
             yield
         finally:
-            for block in blocks:
+            for block, _ in blocks:
                 del block.forward
 
-    def _hand_through(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        return (hidden_states,) if self.tuple_output else hidden_states
+
+def _hand_through(rest: tuple[Any, ...] | None, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+    return hidden_states if rest is None else (hidden_states, *rest)
 
 
-def _first_sample(value: Any) -> Any:
-    if isinstance(value, tuple):
-        return tuple(_first_sample(item) for item in value)
-    return value[:1] if isinstance(value, Tensor) and value.dim() > 1 else value
+def _joined(inputs: list[Tensor]) -> Tensor:
+    return torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
 
 
 @contextmanager
-def _on_input(model: nn.Module, block: Block, see: Any) -> Iterator[None]:
+def _on_input(model: nn.Module, block: Block, see: Callable[[str, Tensor], Any]) -> Iterator[None]:
     """Call see(group name, x) whenever a group's first linear is about to run."""
     handles = [
         model.get_submodule(group.name).register_forward_pre_hook(
@@ -157,44 +185,59 @@ def _on_input(model: nn.Module, block: Block, see: Any) -> Iterator[None]:
             handle.remove()
 
 
-def _record_arguments(
-    model: PreTrainedModel, layout: Layout, tokens: Tensor
-) -> tuple[list[dict[str, Any]], bool]:
-    recorded: list[dict[str, Any]] = []
-    tuple_output = False
+@dataclass(frozen=True)
+class _Traced:
+    calls: list[_Call]
+    entering: list[Tensor]
+    encoded: Tensor | None
 
-    def record(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        nonlocal tuple_output
-        recorded.append({k: v for k, v in kwargs.items() if k != "hidden_states"})
-        tuple_output = isinstance(output, tuple)
-        if len(recorded) == len(layout.blocks):  # the head on a whole batch is a large matrix
+
+def _trace(model: PreTrainedModel, layout: Layout, samples: Samples, *, only_entry: bool) -> _Traced:
+    """One pass up to the last block, noting each block's call; or up to the first block only."""
+    calls: list[_Call] = []
+    entering: list[Tensor] = []
+    encoded: list[Tensor] = []
+    left: list[Tensor] = []  # the output of the block before
+
+    def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], block: Block) -> None:
+        hidden = args[0] if args else kwargs["hidden_states"]
+        if block.leads:
+            entering.append(hidden)
+            if only_entry:
+                raise _Reached
+        elif len(calls) < len(layout.blocks) and not torch.equal(left[-1], hidden):
+            raise InputError(
+                f"{type(model).__name__} does something between its blocks, before {block.name}; "
+                "a model is compressed block by block, each reading what the one before it gives"
+            )
+
+    def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        left[:] = [first]
+        kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(_Call(args[1:], kwargs, rest))
+        if len(calls) == len(layout.blocks):  # the head on a whole batch is a large matrix
             raise _Reached
 
-    handles = [
-        model.get_submodule(block.name).register_forward_hook(record, with_kwargs=True)
-        for block in layout.blocks
-    ]
-    try:
+    with ExitStack() as hooks:
+        for block in layout.blocks:
+            module = model.get_submodule(block.name)
+            hooks.callback(
+                module.register_forward_pre_hook(partial(enter, block=block), with_kwargs=True).remove
+            )
+            hooks.callback(module.register_forward_hook(leave, with_kwargs=True).remove)
+        if layout.stacks > 1:
+            encoder = model.get_encoder()
+            hooks.callback(
+                encoder.register_forward_hook(
+                    lambda m, args, output: encoded.append(output.last_hidden_state)
+                ).remove
+            )
         with suppress(_Reached):
-            model(tokens, use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return recorded, tuple_output
-
-
-def _first_input(model: PreTrainedModel, layout: Layout, tokens: Tensor) -> Tensor:
-    found: list[Tensor] = []
-
-    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        found.append(args[0] if args else kwargs["hidden_states"])
-        raise _Reached
-
-    first = model.get_submodule(layout.blocks[0].name)
-    handle = first.register_forward_pre_hook(stop, with_kwargs=True)
-    try:
-        with suppress(_Reached):
-            model(tokens, use_cache=False)
-    finally:
-        handle.remove()
-    return found[0]
+            run_model(model, samples)
+    if not only_entry and len(calls) < len(layout.blocks):
+        raise InputError(
+            f"{type(model).__name__} runs {len(calls)} of its {len(layout.blocks)} blocks on this input; "
+            "nothing is known of the rest"
+        )
+    return _Traced(calls, entering, encoded[0] if encoded else None)

@@ -45,6 +45,13 @@ class Moments:
         merged._sum_I = self._sum_I + other._sum_I
         return merged
 
+    def scaled(self, count: int) -> "Moments":
+        """The same means as if they were of `count` tokens."""
+        scaled = Moments(self.width, self.device, count)
+        scaled._upper_II += self._upper_II * (count / max(self.count, 1))
+        scaled._sum_I += self._sum_I * (count / max(self.count, 1))
+        return scaled
+
     def state(self) -> dict[str, Tensor]:
         """The sums for storage: the upper triangle of x x^T in float32, which its partial products had."""
         rows, columns = torch.triu_indices(self.width, self.width, device=self._upper_II.device)

@@ -19,8 +19,9 @@ from lrsd.numerics.quantize import (
 )
 from lrsd.numerics.solver import columns_beside_codes, decompose_coded
 
-# What the entropy coder takes beyond the entropy, in bits per weight, and in bytes for its first table.
-_CODER_BITS, _CODER_BYTES = 0.03, 60
+# What the entropy coder takes beyond the entropy: bytes for its first table, and bits per weight, which in a
+# small layer come to no less than so many bytes: its alphabet has hardly been seen when it ends.
+_CODER_BYTES, _CODER_BITS, _CODER_LEAST = 60, 0.03, 180
 # Finest and coarsest step of a ladder in weights' deviations: 14 bits per weight, and next to none.
 _FINEST, _COARSEST = -13, 3
 # Widest codes that are tried out; a bit more quarters the error.
@@ -55,6 +56,7 @@ def lattice_plans(
     if whole is not None:
         explained_RI = ((whole.basis_OR.T[: max(ranks)].float() @ W_OI.float()) ** 2).cumsum(0)
     table = gaussian_table(str(W_OI.device))
+    beyond = max(_CODER_BITS * W_OI.numel() / 8, _CODER_LEAST)
     plans = []
     for rank in ranks:
         left_I = energies_I if rank == 0 or explained_RI is None else energies_I - explained_RI[rank - 1]
@@ -63,10 +65,10 @@ def lattice_plans(
         ladder = torch.arange(_FINEST * STEPS_PER_OCTAVE, _COARSEST * STEPS_PER_OCTAVE + 1).flip(0)
         steps_S = torch.exp2(middle + ladder.to(W_OI.device) / STEPS_PER_OCTAVE)
         deviations_SI = whitened_I / steps_S[:, None]
-        bits_S = (table.entropy(deviations_SI).mean(1) + _CODER_BITS).tolist()
+        bits_S = table.entropy(deviations_SI).mean(1).tolist()
         errors_S = (table.error(deviations_SI).sum(1) * steps_S**2 * shape.out_features / total).tolist()
         for step, bits, error in zip(steps_S.tolist(), bits_S, errors_S, strict=True):
-            size = int(bits * W_OI.numel() / 8) + shape.in_features + _CODER_BYTES
+            size = int(bits * W_OI.numel() / 8 + beyond) + shape.in_features + _CODER_BYTES
             plans.append(LayerPlan(rank, error=error, codes=Codes(size, step=step)))
     return tuple(sorted(plans, key=lambda plan: plan.nbytes(shape)))
 

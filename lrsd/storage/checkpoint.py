@@ -16,6 +16,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from lrsd.errors import CheckpointError, InputError
+from lrsd.model.experts import fused_names, fused_weight
 from lrsd.model.hf import LrsdConfig
 from lrsd.model.linear import LayerFormat, LowRankSparseLinear
 from lrsd.model.load import read_json
@@ -32,7 +33,8 @@ class LayerRecord:
 
     rank None: the weight stayed dense. coding: "entropy" or "fixed" codes, with the width and group of
     the latter and the step of the former. blend: how far its target moved from its own weight towards
-    the one that makes up for the compressed prefix. status: of the solver.
+    the one that makes up for the compressed prefix. status: of the solver. routed_tokens: of the
+    calibration text, that reached this expert; None: all of them.
     """
 
     out_features: int
@@ -54,6 +56,7 @@ class LayerRecord:
     blend: float
     status: str
     history: tuple[float, ...] = ()
+    routed_tokens: int | None = None
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,7 @@ class Manifest:
     seconds: dict[str, float]
     memory: dict[str, int]
     layers: dict[str, LayerRecord]
-    untouched: tuple[str, ...] = ()
+    untouched: dict[str, str] = field(default_factory=dict)
     version: int = field(default=MANIFEST_VERSION)
 
 
@@ -103,7 +106,6 @@ def read_manifest(directory: Path) -> Manifest:
             name: LayerRecord(**{**layer, "history": tuple(layer["history"])})
             for name, layer in content.pop("layers").items()
         }
-        content["untouched"] = tuple(content["untouched"])
         return Manifest(layers=layers, **content)
     except (TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a complete lrsd manifest: {error}") from error
@@ -215,7 +217,7 @@ def export_dense(
     total = 0
     with new_directory(target) as aside:
         for shard, name in files.items():
-            tensors = _dense_tensors(owners, shard, formats, packed.embeddings, progress)
+            tensors = _dense_tensors(owners, shard, formats, packed, progress)
             save_file(tensors, aside / name, metadata={"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.nbytes for tensor in tensors.values())
@@ -240,15 +242,32 @@ def _dense_tensors(
     owners: dict[str, Path],
     shard: Path,
     formats: dict[str, LayerFormat],
-    embeddings: list[str],
+    packed: LrsdConfig,
     progress: Callable[[str], None],
 ) -> dict[str, torch.Tensor]:
-    """The tensors of one shard, those of packed layers unpacked beside their `weight`."""
+    """The tensors of one shard, those of packed layers unpacked beside their `weight`, fused experts beside
+    the first of them."""
     dense: dict[str, torch.Tensor] = {}
+    parts = {
+        f"{experts}.{part}": (f"{experts}.{fused}", fusion["transposed"])
+        for experts, fusion in packed.experts.items()
+        for fused, part in fused_names(gated=fusion["gated"]).items()
+    }
     with safe_open(shard, framework="pt") as file:
         for key in sorted(file.keys()):
             layer, _, part = key.rpartition(".")
-            if layer in embeddings:
+            experts, _, number = layer.rpartition(".")
+            if experts in parts:
+                if number == "0" and part in ("weight", "bias"):
+                    name, transposed = parts[experts]
+                    values = _experts_values(owners, experts, part, formats)
+                    dense[name if part == "weight" else f"{name}_bias"] = (
+                        fused_weight(values, transposed=transposed)
+                        if part == "weight"
+                        else torch.stack(values)
+                    )
+                    progress(experts)
+            elif layer in packed.embeddings:
                 if part == "weight":
                     scales = _read_tensor(owners, f"{layer}.scales")
                     dense[key] = file.get_tensor(key).to(scales.dtype) * scales[:, None]
@@ -261,6 +280,22 @@ def _dense_tensors(
                 }
                 progress(layer)
     return dense
+
+
+def _experts_values(
+    owners: dict[str, Path], experts: str, part: str, formats: dict[str, LayerFormat]
+) -> list[torch.Tensor]:
+    """Weight or bias of every expert of one list, in order, dense."""
+    values = []
+    for number in range(
+        len({k.split(".")[experts.count(".") + 1] for k in owners if k.startswith(f"{experts}.")})
+    ):
+        layer = f"{experts}.{number}"
+        value = _read_tensor(owners, f"{layer}.{part}")
+        if layer in formats and part == "weight":
+            value = _read_packed(layer, formats[layer], owners).dense_weight(value.dtype)
+        values.append(value)
+    return values
 
 
 def _owners(shards: list[Path]) -> dict[str, Path]:

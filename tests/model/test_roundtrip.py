@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, pipeline
 
 from lrsd.compress import compress
 from lrsd.config import CalibrationSettings, CompressionSettings
@@ -20,6 +20,7 @@ from lrsd.errors import CheckpointError
 from lrsd.model.layout import find_layout
 from lrsd.model.linear import LowRankSparseLinear
 from lrsd.model.replay import Replay
+from lrsd.model.samples import Samples
 from lrsd.storage.checkpoint import Manifest, export_dense, read_manifest, shard_paths, stored_bytes
 
 RECIPES: dict[str, dict[str, Any]] = {
@@ -365,11 +366,13 @@ def test_mean_correction_leaves_no_error_in_the_mean(
 @torch.inference_mode()
 def mean_offsets(dense: PreTrainedModel, packed: PreTrainedModel, blocks: Tensor) -> list[float]:
     """Norm of each linear's mean output error on the dense model's inputs, relative to its mean output."""
-    layout = find_layout(dense)
-    replay, (hidden,) = Replay.start(dense, layout, [blocks])
+    samples = Samples({"input_ids": blocks})
+    layout = find_layout(dense, samples)
+    replay = Replay.start(dense, layout, [samples])
+    hidden = replay.entering[0][0]
     offsets = []
     for index, block in enumerate(layout.blocks):
-        hidden, inputs = replay.run_with_inputs(index, hidden)
+        hidden, inputs = replay.run_with_inputs(index, 0, hidden)
         for group in block.groups:
             for spec in group.linears:
                 expected, found = (
@@ -474,27 +477,29 @@ def test_replayed_blocks_give_the_models_own_logits(
     model = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32).eval()
     expected = logits(model, tokens)
     with torch.inference_mode():
-        layout = find_layout(model)
-        replay, (hidden,) = Replay.start(model, layout, [tokens])
+        samples = Samples({"input_ids": tokens})
+        layout = find_layout(model, samples)
+        replay = Replay.start(model, layout, [samples])
+        hidden = replay.entering[0][0]
         for index in range(len(layout.blocks)):
-            found = replay.logits_from(index, tokens, hidden)
-            torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
-            torch.testing.assert_close(
-                replay.logits_from(index, tokens, hidden, every=5), expected[:, ::5], rtol=0, atol=1e-5
-            )
-            hidden = replay.run(index, hidden)
+            for every in (1, 5):
+                found = replay.answer_from(index, samples, hidden, every)
+                wanted = expected[:, ::every].flatten(0, 1)
+                torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
+            hidden = replay.run(index, 0, hidden)
     assert torch.equal(logits(model, tokens), expected), "the model is as it was"
 
 
-def test_logits_from_a_block_run_none_of_the_blocks_before(bases: dict[str, Path], tokens: Tensor) -> None:
+def test_answers_from_a_block_run_none_of_the_blocks_before(bases: dict[str, Path], tokens: Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(bases["llama"]).eval()
-    layout = find_layout(model)
+    samples = Samples({"input_ids": tokens})
+    layout = find_layout(model, samples)
     ran: list[str] = []
     with torch.inference_mode():
-        replay, (hidden,) = Replay.start(model, layout, [tokens])
+        replay = Replay.start(model, layout, [samples])
         for name in layout.linears:
             model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
-        replay.logits_from(1, tokens, hidden)
+        replay.answer_from(1, samples, replay.entering[0][0])
     assert ran == [spec.name for group in layout.blocks[1].groups for spec in group.linears]
 
 
@@ -504,7 +509,8 @@ def test_replay_sees_the_inputs_that_its_linears_get(
 ) -> None:
     """Recorded inputs times the weight are the linear's outputs in an ordinary forward pass."""
     model = AutoModelForCausalLM.from_pretrained(bases[family], dtype=torch.float32).eval()
-    layout = find_layout(model)
+    samples = Samples({"input_ids": tokens})
+    layout = find_layout(model, samples)
     outputs: dict[str, Tensor] = {}
     handles = [
         model.get_submodule(name).register_forward_hook(
@@ -516,12 +522,45 @@ def test_replay_sees_the_inputs_that_its_linears_get(
     for handle in handles:
         handle.remove()
     with torch.inference_mode():
-        replay, (hidden,) = Replay.start(model, layout, [tokens])
+        replay = Replay.start(model, layout, [samples])
+        hidden = replay.entering[0][0]
         for index, block in enumerate(layout.blocks):
-            after, inputs = replay.run_with_inputs(index, hidden)
+            after, inputs = replay.run_with_inputs(index, 0, hidden)
             for group in block.groups:
-                assert torch.equal(replay.input_of(index, group.name, hidden), inputs[group.name])
+                assert torch.equal(replay.input_of(index, group.name, 0, hidden), inputs[group.name])
                 for spec in group.linears:
                     found = model.get_submodule(spec.name)(inputs[group.name])
                     torch.testing.assert_close(found, outputs[spec.name], rtol=0, atol=1e-5)
             hidden = after
+
+
+def test_device_maps_and_offload_to_disk_give_the_same_logits(
+    one: Compressed, tokens: Tensor, tmp_path: Path
+) -> None:
+    expected = logits(one.load(), tokens)
+    mapped = AutoModelForCausalLM.from_pretrained(one.directory, device_map={"": "cpu"})
+    assert torch.equal(logits(mapped.eval(), tokens), expected)
+    places = {name: "cpu" for name, _ in mapped.named_children()} | {
+        f"model.{name}": "cpu" for name, _ in mapped.model.named_children() if name != "layers"
+    }
+    del places["model"]
+    places |= {"model.layers.0": "cpu", "model.layers.1": "disk"}
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        one.directory, device_map=places, offload_folder=tmp_path / "offload"
+    )
+    assert next(offloaded.model.layers[1].parameters()).is_meta
+    assert torch.equal(logits(offloaded.eval(), tokens), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32])
+def test_other_dtypes_stay_near(one: Compressed, tokens: Tensor, dtype: torch.dtype) -> None:
+    model = AutoModelForCausalLM.from_pretrained(one.directory, dtype=dtype).eval()
+    found = logits(model, tokens)
+    assert {p.dtype for p in model.parameters() if p.is_floating_point()} == {dtype}
+    assert_close_in_bfloat16(found, logits(one.load(), tokens))
+
+
+def test_a_pipeline_writes_text(one: Compressed) -> None:
+    writer = pipeline("text-generation", model=str(one.directory), device="cpu")
+    written = writer("The import statement", max_new_tokens=4, min_new_tokens=4, do_sample=False)
+    assert len(written[0]["generated_text"]) > len("The import statement")

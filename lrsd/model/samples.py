@@ -1,0 +1,102 @@
+"""Inputs of a model, of whatever kind it is, and its answer."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from inspect import signature
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.nn.functional import kl_div, log_softmax
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
+
+# causal: predicts the next token; masked: a masked one; seq2seq: a target from a source text; speech: a
+# target from features of sound; encoder: anything else over token ids, a classifier or a bare encoder.
+Kind = Literal["causal", "masked", "seq2seq", "speech", "encoder"]
+_TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
+
+
+def kind_of(model: PreTrainedModel) -> Kind:
+    if model.config.is_encoder_decoder:
+        return "speech" if model.main_input_name == "input_features" else "seq2seq"
+    name = type(model).__name__
+    if name in _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        return "causal"
+    return "masked" if name in _names(MODEL_FOR_MASKED_LM_MAPPING_NAMES) else "encoder"
+
+
+def _names(mapping: Any) -> set[str]:
+    return {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Model inputs by name, one unpadded sample per row: input_ids (N, T), and for a model of two stacks
+    decoder_input_ids (N, T'), for one that hears input_features (N, channels, frames) instead of input_ids.
+    """
+
+    inputs: dict[str, Tensor]
+
+    def __len__(self) -> int:
+        return len(next(iter(self.inputs.values())))
+
+    def __getitem__(self, rows: slice) -> "Samples":
+        return Samples({name: value[rows] for name, value in self.inputs.items()})
+
+    def split(self, count: int) -> Iterator["Samples"]:
+        for start in range(0, len(self), count):
+            yield self[start : start + count]
+
+    def cut(self, length: int) -> "Samples":
+        """The first `length` tokens of every sample; features stay whole."""
+        return Samples({n: v[:, :length] if n in _TOKEN_INPUTS else v for n, v in self.inputs.items()})
+
+    @property
+    def positions(self) -> int:
+        """Tokens of the longest input, or frames of features, over all samples."""
+        return max(v.numel() if n in _TOKEN_INPUTS else v[:, 0].numel() for n, v in self.inputs.items())
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(tuple(value.shape) for value in self.inputs.values())
+
+
+def run_model(model: PreTrainedModel, samples: Samples, **more: Any) -> Any:
+    """The model's output; without a cache, which would remember what an earlier pass put into it."""
+    takes = signature(model.forward).parameters
+    inputs = {name: value.to(model.device) for name, value in samples.inputs.items()}
+    for name, value in inputs.items():
+        if value.is_floating_point():
+            inputs[name] = value.to(model.dtype)
+    if "use_cache" in takes:
+        more["use_cache"] = False
+    return model(**inputs, **more)
+
+
+def answer(output: Any) -> Tensor:
+    """What a model says, (rows, classes) in float32: its logits; of a bare encoder its last hidden states."""
+    found = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
+    return found.float().reshape(-1, found.shape[-1])
+
+
+def distance(model: PreTrainedModel, reference: Tensor, found: Tensor) -> float:
+    """Mean over rows of KL(reference || found) in nats; of hidden states, of half the relative squared error.
+
+    The latter, because it is what KL comes to for a small change of an output that has a Gaussian's noise.
+    """
+    if has_logits(model):
+        first, second = log_softmax(found, -1), log_softmax(reference, -1)
+        total = kl_div(first, second, reduction="sum", log_target=True)
+    else:
+        norms = reference.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+        total = ((found - reference).square().sum(-1) / norms).sum() / 2
+    return max(float(total), 0.0) / len(reference)
+
+
+def has_logits(model: PreTrainedModel) -> bool:
+    """Whether the model has a head: a bare one is its own base model."""
+    return model.base_model is not model
