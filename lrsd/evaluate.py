@@ -57,10 +57,13 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Against the dense model on the same windows: mean KL(dense || model) in nats per token, and
-    the fraction of tokens on which both put the same token first."""
+    """Against the dense model on the same windows: the mean of `measure` over the rows of its answer, which
+    is KL(dense || model) where there is a head, and the fraction of rows on which both put the same entry
+    first.
+    """
 
     kl: float
+    measure: str
     top1_agreement: float
     scored_tokens: int
     text: str
@@ -270,7 +273,15 @@ def divergence(
         step()
     if not math.isfinite(total):
         raise NumericsError("the divergence is not finite: one of the models gives non-finite logits")
-    return Divergence(kl=total / rows, top1_agreement=agreeing / rows, scored_tokens=rows, text=text)
+    return Divergence(
+        kl=total / rows,
+        measure="KL, nats per token"
+        if has_logits(dense)
+        else "half the relative squared error of hidden states",
+        top1_agreement=agreeing / rows,
+        scored_tokens=rows,
+        text=text,
+    )
 
 
 @torch.inference_mode()

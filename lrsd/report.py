@@ -118,7 +118,7 @@ def evaluation_lines(result: EvalResult) -> list[str]:
         )
     for distance in result.divergence:
         lines.append(
-            f"KL {distance.kl:.4g} nats per token, "
+            f"divergence {distance.kl:.4g} ({distance.measure}), "
             f"top-1 agreement {distance.top1_agreement:.1%}  {distance.text}"
         )
     if result.accuracy is not None:

@@ -140,7 +140,7 @@ def _model_class(config: PretrainedConfig) -> Any:
 
     Raises: InputError if that class is of another kind of model than the configuration.
     """
-    named = getattr(transformers, (config.architectures or [""])[0], None)
+    named: Any = getattr(transformers, (config.architectures or [""])[0], None)
     is_text_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
     if is_text_model and named.config_class and not isinstance(config, named.config_class):
         raise InputError(
