@@ -59,14 +59,14 @@ def calibration_samples(
     A model of two stacks reads a block of the text and writes what follows it; one that hears reads the
     `input_features` of a safetensors file, and answers by itself.
     """
+    if calibration.source == "self" and loaded.kind != "causal":
+        raise InputError(
+            f"{type(loaded.model).__name__} cannot write its own calibration text; give --calib FILE"
+        )
     limit = loaded.context_length
     if limit is not None and calibration.seqlen > limit and loaded.kind != "speech":
         raise InputError(f"the model reads at most {limit} tokens; lower --seqlen from {calibration.seqlen}")
     if calibration.source == "self":
-        if loaded.kind != "causal":
-            raise InputError(
-                f"{type(loaded.model).__name__} cannot write its own calibration text; give --calib FILE"
-            )
         tokens = self_calibration(loaded.model, loaded.require_tokenizer(), identity, calibration, progress)
         return Samples({"input_ids": tokens})
     if loaded.kind == "speech":

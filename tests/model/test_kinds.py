@@ -1,0 +1,142 @@
+"""What is asked of models that are no decoders, and which layers a user may choose."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import (
+    AlbertConfig,
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    BertConfig,
+    T5Config,
+)
+
+from lrsd.compress import compress, dry_run
+from lrsd.config import CalibrationSettings, CompressionSettings
+from lrsd.errors import InputError
+from lrsd.evaluate import evaluate, questions
+from lrsd.model.load import load_model
+from lrsd.storage.checkpoint import read_manifest, shard_paths
+
+BERT = {
+    "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "max_position_embeddings": 70, "pad_token_id": 1,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def calibration(text_file: Path) -> CalibrationSettings:
+    return CalibrationSettings(source=str(text_file), samples=8, seqlen=32)
+
+
+@pytest.fixture(scope="module")
+def classifier(make_model) -> Path:
+    return make_model(
+        BertConfig(**BERT, id2label={0: "no", 1: "yes"}, label2id={"no": 0, "yes": 1}),
+        AutoModelForSequenceClassification,
+    )
+
+
+@pytest.mark.parametrize("form", ["csv", "jsonl"])
+def test_accuracy_counts_the_labels_that_the_model_gives(classifier: Path, tmp_path: Path, form: str) -> None:
+    model, tokenizer = load_model(str(classifier)).model, load_model(str(classifier)).tokenizer
+    texts = ["the import statement", "a class body", "for each name", "loops, and more"]
+    with torch.inference_mode():
+        given = [int(model(**tokenizer(text, return_tensors="pt")).logits.argmax()) for text in texts]
+    labels = [("no", "yes")[label] for label in given[:3]] + [str(1 - given[3])]
+    path = tmp_path / f"labelled.{form}"
+    rows = zip(texts, labels, strict=True)
+    if form == "csv":
+        path.write_text("text,label\n" + "".join(f'"{text}",{label}\n' for text, label in rows))
+    else:
+        path.write_text("".join(json.dumps({"text": t, "label": label}) + "\n" for t, label in rows))
+    result = evaluate(str(classifier), (), accuracy=str(path))
+    assert result.accuracy is not None
+    assert (result.accuracy.accuracy, result.accuracy.texts) == (0.75, 4)
+
+
+def test_accuracy_names_what_it_cannot_read(classifier: Path, tiny_model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "labelled.csv"
+    for content, said in (
+        ("text,label\na,perhaps\n", "perhaps"),
+        ("words\na\n", '"text" and "label"'),
+        ("", "no rows"),
+    ):
+        path.write_text(content)
+        with pytest.raises(InputError, match=said):
+            evaluate(str(classifier), (), accuracy=str(path))
+    path.write_text("text,label\na,1\n")
+    with pytest.raises(InputError, match="needs a classifier, LlamaForCausalLM is none"):
+        evaluate(str(tiny_model_dir), (), accuracy=str(path))
+
+
+def test_a_classifier_has_no_perplexity_and_says_what_to_ask(classifier: Path, text_file: Path) -> None:
+    with pytest.raises(InputError, match="predicts no tokens; give --kl DENSE, or --accuracy"):
+        evaluate(str(classifier), (str(text_file),))
+
+
+def test_a_masked_model_is_asked_for_masked_tokens_only(make_model, text_file: Path) -> None:
+    loaded = load_model(str(make_model(BertConfig(**BERT), AutoModelForMaskedLM)))
+    asked = questions(loaded, text_file.read_text(), 40, 3)
+    assert [len(question.labels) for question in asked] == [6, 6, 6]
+    mask = loaded.require_tokenizer().mask_token_id
+    for question in asked:
+        shown = question.samples.inputs["input_ids"][0]
+        assert (shown == mask).nonzero().flatten().tolist() == question.rows.tolist()
+        assert not (question.labels == mask).any()
+
+
+def test_a_model_of_two_stacks_is_asked_for_what_follows(make_model, text_file: Path) -> None:
+    config = T5Config(
+        vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=5
+    )
+    loaded = load_model(str(make_model(config, AutoModelForSeq2SeqLM)))
+    (question,) = questions(loaded, text_file.read_text(), 16, 1)
+    inputs = question.samples.inputs
+    assert inputs["decoder_input_ids"][0, 0] == 5
+    assert torch.equal(inputs["decoder_input_ids"][0, 1:], question.labels[:-1])
+    plain = loaded.require_tokenizer()(text_file.read_text(), verbose=False).input_ids
+    assert [*inputs["input_ids"][0].tolist(), *question.labels.tolist()] == plain[:32]
+
+
+def test_shared_blocks_are_refused_by_name(make_model, calibration: CalibrationSettings) -> None:
+    base = make_model(AlbertConfig(**BERT, embedding_size=32), AutoModelForMaskedLM)
+    with pytest.raises(InputError, match="AlbertForMaskedLM runs its blocks \\[2\\] times per pass"):
+        dry_run(str(base), CompressionSettings(ratio=2), calibration)
+
+
+def test_self_calibration_needs_a_model_that_writes(classifier: Path) -> None:
+    with pytest.raises(InputError, match="cannot write its own calibration text; give --calib FILE"):
+        dry_run(str(classifier), CompressionSettings(ratio=2), CalibrationSettings())
+
+
+def test_layers_are_chosen_by_pattern_and_size(
+    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path
+) -> None:
+    settings = CompressionSettings(
+        ratio=3, include=("*.mlp.*", "*.q_proj", "*.k_proj"), exclude=("*.0.mlp.up_proj",), min_weights=4096,
+        shard_size="50KB",
+    )  # fmt: skip
+    compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
+    manifest = read_manifest(tmp_path / "out")
+    chosen = {name.removeprefix("model.layers.") for name in manifest.layers}
+    assert chosen == {
+        *(f"{block}.mlp.{kind}_proj" for block in (0, 1) for kind in ("gate", "up", "down")),
+        "0.self_attn.q_proj", "1.self_attn.q_proj",
+    } - {"0.mlp.up_proj"}  # fmt: skip
+    reasons = {name.removeprefix("model.layers."): why for name, why in manifest.untouched.items()}
+    assert reasons["0.mlp.up_proj"] == "--exclude"
+    assert reasons["0.self_attn.v_proj"] == "not among --include"
+    assert reasons["1.self_attn.k_proj"] == "fewer than --min-weights"
+    assert manifest.dense_linear_bytes == sum(layer.dense_bytes for layer in manifest.layers.values())
+    assert len(shard_paths(tmp_path / "out")) > 1
+
+
+def test_a_pattern_that_matches_nothing_is_an_error(
+    tiny_model_dir: Path, calibration: CalibrationSettings
+) -> None:
+    with pytest.raises(InputError, match="may be compressed"):
+        dry_run(str(tiny_model_dir), CompressionSettings(ratio=3, include=("*.nothing",)), calibration)
