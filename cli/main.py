@@ -40,6 +40,11 @@ Examples:
   lrsd inspect out --plot layers.png
   lrsd inspect out --json
 """
+_VERIFY_EXAMPLES = """
+\b
+Examples:
+  lrsd verify out
+"""
 _EXPORT_EXAMPLES = """
 \b
 Examples:
@@ -383,6 +388,16 @@ def inspect(directory: Path, plot: Path | None, as_json: bool) -> None:
         if as_json
         else "\n".join([layer_table(manifest), "", *summary_lines(manifest)])
     )
+
+
+@commands.command(epilog=_VERIFY_EXAMPLES)
+@click.argument("directory", type=click.Path(path_type=Path))
+def verify(directory: Path) -> None:
+    """Compare every file of a compressed DIRECTORY with the digest that its manifest holds."""
+    from lrsd.storage.checkpoint import verify as run
+
+    manifest = run(directory)
+    click.echo(f"{len(manifest.files)} files are as lrsd {manifest.lrsd_version} wrote them")
 
 
 @commands.command(epilog=_EXPORT_EXAMPLES)

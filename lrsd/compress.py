@@ -31,9 +31,11 @@ from lrsd.plan import Choice, choose_plan
 from lrsd.progress import Progress
 from lrsd.report import model_card
 from lrsd.storage.checkpoint import (
+    CARD_NAME,
     RECIPE_NAME,
     LayerRecord,
     Manifest,
+    digests,
     new_directory,
     require_free,
     scratch_directory,
@@ -238,6 +240,7 @@ def write_checkpoint(
         added = sum(layer.bytes for layer in layers.values())
         total = dense_bytes(curves)
         everything = stored_bytes(aside)
+        (aside / RECIPE_NAME).write_text(json.dumps(recipe(settings, calibration), indent=1) + "\n")
         manifest = Manifest(
             base_model=Path(prepared.loaded.source).name,
             base_fingerprint=prepared.fingerprint,
@@ -261,11 +264,11 @@ def write_checkpoint(
             seconds={phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
             memory={"predicted": prepared.memory_bytes, "peak": peak_rss()},
             layers=layers,
+            files=digests(aside),
             untouched=prepared.replay.layout.untouched,
         )
         write_manifest(aside, manifest)
-        (aside / RECIPE_NAME).write_text(json.dumps(recipe(settings, calibration), indent=1) + "\n")
-        (aside / "README.md").write_text(model_card(manifest), encoding="utf-8")
+        (aside / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
     return manifest
 
 

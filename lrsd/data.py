@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -56,8 +57,8 @@ def calibration_samples(
 ) -> Samples:
     """What the model's activations are measured on: sampled from the model itself, or cut from a text.
 
-    A model of two stacks reads a block of the text and writes what follows it; one that hears reads the
-    `input_features` of a safetensors file, and answers by itself.
+    A model of two stacks reads a block of the text and writes what follows it, or reads pairs, see
+    `read_pairs`; one that hears reads the `input_features` of a safetensors file, and answers by itself.
     """
     if calibration.source == "self" and loaded.kind != "causal":
         raise InputError(
@@ -72,8 +73,10 @@ def calibration_samples(
     if loaded.kind == "speech":
         return speech_samples(loaded.model, calibration)
     tokenizer = loaded.require_tokenizer()
-    text = read_text(calibration.source, split="train", option="--calib")
     count, seqlen, seed = calibration.samples, calibration.seqlen, calibration.seed
+    if loaded.kind == "seq2seq" and (pairs := read_pairs(calibration.source)):
+        return packed_pairs(loaded, pairs, calibration)
+    text = read_text(calibration.source, split="train", option="--calib")
     if loaded.kind == "seq2seq":
         blocks = token_blocks(tokenizer, text, samples=count, seqlen=2 * seqlen, seed=seed)
         return paired(loaded.model, blocks)
@@ -98,11 +101,58 @@ def example(loaded: LoadedModel) -> Samples:
 def paired(model: PreTrainedModel, blocks: Tensor) -> Samples:
     """Blocks of tokens (N, 2 T) as sources (N, T) and the targets that follow them, behind a start token."""
     half = blocks.shape[1] // 2
+    targets = behind_start(model, blocks[:, half:])
+    return Samples({"input_ids": blocks[:, :half], "decoder_input_ids": targets})
+
+
+def behind_start(model: PreTrainedModel, targets: Tensor) -> Tensor:
+    """What a decoder reads to write `targets` (N, T): a start token and all but the last of them."""
     first = getattr(model.config, "decoder_start_token_id", None)
     first = model.config.bos_token_id if first is None else first
-    start = torch.full((len(blocks), 1), 0 if first is None else first)
-    targets = torch.cat([start, blocks[:, half:-1]], 1)
-    return Samples({"input_ids": blocks[:, :half], "decoder_input_ids": targets})
+    return torch.cat([torch.full((len(targets), 1), 0 if first is None else first), targets[:, :-1]], 1)
+
+
+def read_pairs(source: str) -> list[tuple[str, str]]:
+    """The pairs of a JSONL file of objects with "source" and "target"; none if it is another kind of file.
+
+    Raises: InputError for a row without them.
+    """
+    path = Path(source)
+    if path.suffix != ".jsonl" or not path.is_file():
+        return []
+    rows = _json_rows(path)
+    if not rows or "source" not in rows[0]:
+        return []
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row.get("source"), str) or not isinstance(row.get("target"), str):
+            raise InputError(f'{path}:{number}: expected an object with texts as "source" and "target"')
+    return [(row["source"], row["target"]) for row in rows]
+
+
+def packed_pairs(
+    loaded: LoadedModel, pairs: list[tuple[str, str]], calibration: CalibrationSettings
+) -> Samples:
+    """Pairs one after the other, in samples of `seqlen` source tokens and as many target tokens as go with
+    them on average: samples are unpadded, so that a sample's ends need not meet.
+
+    Raises: InputError if there are fewer tokens than two samples have.
+    """
+    tokenizer, model = loaded.require_tokenizer(), loaded.model
+    sources, targets = (
+        torch.cat([torch.tensor(tokenizer(pair[side]).input_ids) for pair in pairs]) for side in (0, 1)
+    )
+    seqlen = calibration.seqlen
+    written = max(2, seqlen * len(targets) // len(sources))
+    count = min(calibration.samples, len(sources) // seqlen, len(targets) // written)
+    if count < 2:
+        raise InputError(
+            f"--calib: {calibration.source} has {len(sources)} source and {len(targets)} target tokens; two "
+            f"samples need {2 * seqlen} and {2 * written}; give more pairs or a smaller --seqlen"
+        )
+    return Samples({
+        "input_ids": sources[: count * seqlen].view(count, seqlen),
+        "decoder_input_ids": behind_start(model, targets[: count * written].view(count, written)),
+    })  # fmt: skip
 
 
 def enclosed(tokenizer: PreTrainedTokenizerBase, blocks: Tensor) -> Tensor:
@@ -248,15 +298,29 @@ def _read_file(path: Path) -> str:
     if path.suffix != ".jsonl":
         return text
     rows = []
-    for number, line in enumerate(text.splitlines(), 1):
-        try:
-            row = json.loads(line)["text"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise InputError(f'{path}:{number}: expected a JSON object with a "text" field') from error
-        if not isinstance(row, str):
-            raise InputError(f'{path}:{number}: expected a string in "text", got {type(row).__name__}')
-        rows.append(row)
+    for number, row in enumerate(_json_rows(path), 1):
+        if "text" not in row:
+            raise InputError(f'{path}:{number}: expected a JSON object with a "text" field')
+        if not isinstance(row["text"], str):
+            raise InputError(
+                f'{path}:{number}: expected a string in "text", got {type(row["text"]).__name__}'
+            )
+        rows.append(row["text"])
     return _join(rows)
+
+
+def _json_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of a JSONL file. Raises: InputError for a line that is none."""
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            row = None
+        if not isinstance(row, dict):
+            raise InputError(f'{path}:{number}: expected a JSON object with a "text" field')
+        rows.append(row)
+    return rows
 
 
 def _stream_rows(source: str, split: str, option: str) -> Iterator[str]:

@@ -14,10 +14,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsd.config import CalibrationSettings
 from lrsd.data import (
+    behind_start,
     enclosed,
     paired,
     read_features,
     read_labelled,
+    read_pairs,
     read_text,
     speech_samples,
     tokenize,
@@ -34,7 +36,7 @@ _MASKED = 0.15
 _PROTOCOLS = {
     "causal": "token perplexity, non-overlapping windows, all tokens but the first of a window scored",
     "masked": "masked-token perplexity, non-overlapping windows, 15 % of the tokens masked at once",
-    "seq2seq": "token perplexity of what follows a window of the same length, given that window",
+    "seq2seq": "token perplexity of targets given their sources, or of what follows a window given that",
 }
 _NONE = torch.zeros(0, dtype=torch.int64)
 # Lengths of the speed measurement: long enough to hide start-up, short enough for a laptop.
@@ -123,8 +125,8 @@ def evaluate(
     if dense is not None and not texts:
         raise InputError("--kl needs a text: add --ppl wikitext or --ppl FILE")
     # Texts first: a wrong name should not cost the loading of a model.
-    heard = [text for text in texts if Path(text).suffix == ".safetensors"]
-    contents = {t: t if t in heard else read_text(t, split="test", option="--ppl") for t in texts}
+    read_later = [text for text in texts if Path(text).suffix == ".safetensors" or read_pairs(text)]
+    contents = {t: t if t in read_later else read_text(t, split="test", option="--ppl") for t in texts}
     loaded = load_model(source, dtype=dtype, device=device)
     context = loaded.context_length
     length = seqlen or min(_DEFAULT_SEQLEN, context or _DEFAULT_SEQLEN)
@@ -170,7 +172,7 @@ class Question:
 def questions(loaded: LoadedModel, content: str, seqlen: int, windows: int | None) -> list[Question]:
     """The first `windows` non-overlapping windows of a text, as this kind of model is asked about them.
 
-    content: the text, or for a model that hears the path of its features.
+    content: the text, or the path of pairs, or of the features for a model that hears.
     """
     if loaded.kind == "speech":
         features = read_features(content, "--ppl")[:windows]
@@ -178,18 +180,28 @@ def questions(loaded: LoadedModel, content: str, seqlen: int, windows: int | Non
         heard = speech_samples(loaded.model, settings)
         return [Question(sample, _NONE, _NONE) for sample in heard[: len(features)].split(1)]
     tokenizer = loaded.require_tokenizer()
+    if loaded.kind == "seq2seq" and (pairs := read_pairs(content)):
+        return [_paired(loaded, pair, seqlen) for pair in pairs[:windows]]
     length = 2 * seqlen if loaded.kind == "seq2seq" else seqlen
     found = evaluation_windows(tokenize(tokenizer, content), length, windows)
     everything = torch.arange(seqlen)
     if loaded.kind == "causal":
         return [Question(Samples({"input_ids": w[None]}), everything[:-1], w[1:]) for w in found]
     if loaded.kind == "seq2seq":
-        pairs = paired(loaded.model, found).split(1)
-        return [Question(s, everything, w[seqlen:]) for s, w in zip(pairs, found, strict=True)]
+        asked = paired(loaded.model, found).split(1)
+        return [Question(s, everything, w[seqlen:]) for s, w in zip(asked, found, strict=True)]
     blocks = enclosed(tokenizer, found)
     if loaded.kind == "masked":
         return [_masked(tokenizer, block, index) for index, block in enumerate(blocks)]
     return [Question(Samples({"input_ids": block[None]}), _NONE, _NONE) for block in blocks]
+
+
+def _paired(loaded: LoadedModel, pair: tuple[str, str], seqlen: int) -> Question:
+    """A source, and its target to be written; both at most `seqlen` tokens long."""
+    tokenizer = loaded.require_tokenizer()
+    source, target = (torch.tensor([tokenizer(text).input_ids[:seqlen]]) for text in pair)
+    inputs = {"input_ids": source, "decoder_input_ids": behind_start(loaded.model, target)}
+    return Question(Samples(inputs), torch.arange(target.shape[1]), target[0])
 
 
 def _masked(tokenizer: PreTrainedTokenizerBase, block: Tensor, seed: int) -> Question:

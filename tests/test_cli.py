@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from click.testing import CliRunner, Result
 from lrsd_cli.main import commands
 from safetensors.torch import load_file
 from transformers import PreTrainedModel
+
+from lrsd.errors import CheckpointError
 
 COMMANDS = sorted(commands.commands)
 SMALL = ("--samples", "8", "--seqlen", "32")
@@ -268,3 +271,16 @@ main()
     assert done.returncode == 143
     assert done.stderr.splitlines()[-1] == "terminated; nothing was written"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_verify_names_what_is_missing_or_changed(run: Run, compressed: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(compressed, copy)
+    (copy / "README.md").write_text("a card of one's own")
+    assert "files are as lrsd" in run("verify", copy).stdout
+    weights = bytearray((copy / "model.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (copy / "model.safetensors").write_bytes(weights)
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"tokenizer.json missing; model.safetensors changed; copy"):
+        run("verify", copy)

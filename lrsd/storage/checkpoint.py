@@ -1,5 +1,6 @@
 """A compressed model as a directory: written aside, synced, renamed; read back, checked, exported."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -25,6 +26,7 @@ from lrsd.numerics.allocate import Shape
 MANIFEST_NAME = "lrsd.json"
 MANIFEST_VERSION = 1
 RECIPE_NAME = "recipe.json"
+CARD_NAME = "README.md"
 
 
 @dataclass(frozen=True)
@@ -61,7 +63,8 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """lrsd.json: what was done, to what, and what it cost."""
+    """lrsd.json: what was done, to what, and what it cost. files: SHA-256 of every file beside it, but the
+    model card, which people edit."""
 
     base_model: str
     base_fingerprint: str
@@ -85,6 +88,7 @@ class Manifest:
     seconds: dict[str, float]
     memory: dict[str, int]
     layers: dict[str, LayerRecord]
+    files: dict[str, str]
     untouched: dict[str, str] = field(default_factory=dict)
     version: int = field(default=MANIFEST_VERSION)
 
@@ -113,6 +117,35 @@ def read_manifest(directory: Path) -> Manifest:
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
     (directory / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+
+
+def digests(directory: Path) -> dict[str, str]:
+    """SHA-256 by name of the files that a manifest vouches for."""
+    found = {}
+    for path in sorted(directory.iterdir()):
+        if path.is_file() and path.name not in (MANIFEST_NAME, CARD_NAME):
+            with path.open("rb") as file:
+                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+    return found
+
+
+def verify(directory: Path) -> Manifest:
+    """Compare every file with the manifest's digest.
+
+    Raises: CheckpointError naming the files that are missing or differ.
+    """
+    manifest = read_manifest(directory)
+    found = digests(directory)
+    missing = sorted(set(manifest.files) - set(found))
+    changed = sorted(n for n, digest in manifest.files.items() if n in found and found[n] != digest)
+    problems = [
+        f"{', '.join(names)} {what}" for names, what in ((missing, "missing"), (changed, "changed")) if names
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{directory} is not as lrsd wrote it: {'; '.join(problems)}; copy or compress it again"
+        )
+    return manifest
 
 
 def require_free(directory: Path) -> None:

@@ -16,9 +16,11 @@ from transformers import (
 
 from lrsd.compress import compress, dry_run
 from lrsd.config import CalibrationSettings, CompressionSettings
+from lrsd.data import calibration_samples
 from lrsd.errors import InputError
 from lrsd.evaluate import evaluate, questions
 from lrsd.model.load import load_model
+from lrsd.progress import Progress
 from lrsd.storage.checkpoint import read_manifest, shard_paths
 
 BERT = {
@@ -100,6 +102,33 @@ def test_a_model_of_two_stacks_is_asked_for_what_follows(make_model, text_file: 
     assert torch.equal(inputs["decoder_input_ids"][0, 1:], question.labels[:-1])
     plain = loaded.require_tokenizer()(text_file.read_text(), verbose=False).input_ids
     assert [*inputs["input_ids"][0].tolist(), *question.labels.tolist()] == plain[:32]
+
+
+def test_pairs_calibrate_and_score_a_model_of_two_stacks(make_model, tmp_path: Path) -> None:
+    config = T5Config(
+        vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=5
+    )
+    base, path = make_model(config, AutoModelForSeq2SeqLM), tmp_path / "pairs.jsonl"
+    pairs = [{"source": f"translate {n} sheep and their dogs", "target": f"{n} moutons"} for n in range(40)]
+    path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    loaded = load_model(str(base))
+    calibration = CalibrationSettings(source=str(path), samples=8, seqlen=32)
+    inputs = calibration_samples(loaded, "", calibration, Progress()).inputs
+    sources, targets = inputs["input_ids"], inputs["decoder_input_ids"]
+    assert sources.shape == (8, 32)
+    assert 4 < targets.shape[1] < 20
+    assert len(targets) == 8
+    asked = questions(loaded, str(path), 64, 3)
+    tokenizer = loaded.require_tokenizer()
+    for question, pair in zip(asked, pairs, strict=False):
+        assert tokenizer.decode(question.samples.inputs["input_ids"][0]) == pair["source"]
+        assert tokenizer.decode(question.labels) == pair["target"]
+    manifest = compress(str(base), tmp_path / "out", CompressionSettings(ratio=4), calibration)
+    assert manifest.linear_bytes <= manifest.budget_bytes
+    assert evaluate(str(tmp_path / "out"), (str(path),), windows=3).perplexity[0].windows == 3
+    path.write_text(json.dumps(pairs[0]) + "\n" + json.dumps({"source": "alone"}) + "\n")
+    with pytest.raises(InputError, match=r"pairs.jsonl:2: expected an object with texts"):
+        calibration_samples(loaded, "", calibration, Progress())
 
 
 def test_shared_blocks_are_refused_by_name(make_model, calibration: CalibrationSettings) -> None:
