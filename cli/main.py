@@ -123,7 +123,9 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
             f"{path}: unknown setting {unknown[0]!r}; available: {', '.join(sorted(known))}"
         )
     for name, value in recipe.items():
-        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        if name in ("include", "exclude"):
+            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+                raise click.BadParameter(f"{path}: {name} must be a list of patterns, got {value!r}")
             continue
         if not isinstance(value, str | int | float | None):
             raise click.BadParameter(f"{path}: {name} must be a text or a number, got {value!r}")
@@ -211,7 +213,8 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
 @click.option(
     "--propagate/--no-propagate",
     default=None,
-    help="Fit each layer behind the compressed ones before it.  [default: yes for method lrsd]",
+    help="Fit each layer behind the compressed ones before it.  [default: method lrsd does at 16 bit, and "
+    "where the expected loss is not small]",
 )
 @click.option(
     "--mean-correction/--no-mean-correction",

@@ -265,6 +265,7 @@ def write_checkpoint(
             memory={"predicted": prepared.memory_bytes, "peak": peak_rss()},
             layers=layers,
             files=digests(aside),
+            model_class=type(loaded.model).__name__,
             untouched=prepared.replay.layout.untouched,
         )
         write_manifest(aside, manifest)

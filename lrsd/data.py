@@ -87,11 +87,11 @@ def calibration_samples(
 def example(loaded: LoadedModel) -> Samples:
     """A smallest input, to trace the model with."""
     model = loaded.model
-    tokens = torch.zeros(1, _EXAMPLE_TOKENS, dtype=torch.int64)
+    tokens = torch.zeros(2, _EXAMPLE_TOKENS, dtype=torch.int64)  # two, since some heads take one at a time
     if loaded.kind == "speech":
         config = model.config
         frames = 2 * config.max_source_positions  # the front end halves them
-        features = torch.zeros(1, config.num_mel_bins, frames)
+        features = torch.zeros(2, config.num_mel_bins, frames)
         return Samples({"input_features": features, "decoder_input_ids": tokens})
     if loaded.kind == "seq2seq":
         return Samples({"input_ids": tokens, "decoder_input_ids": tokens})
@@ -174,7 +174,8 @@ def speech_samples(model: PreTrainedModel, calibration: CalibrationSettings) -> 
     targets = model.generate(  # type: ignore[operator]
         features.to(model.device, model.dtype), max_new_tokens=length, min_new_tokens=length, do_sample=False
     )
-    return Samples({"input_features": features, "decoder_input_ids": targets[:, :length].cpu()})
+    read = behind_start(model, targets[:, :length].cpu())
+    return Samples({"input_features": features, "decoder_input_ids": read})
 
 
 def read_features(source: str, option: str) -> Tensor:
@@ -274,8 +275,10 @@ def read_labelled(source: str) -> list[tuple[str, str]]:
     """
     path = Path(source)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        rows = list(csv.DictReader(lines)) if path.suffix == ".csv" else [json.loads(line) for line in lines]
+        with path.open(encoding="utf-8", newline="") as file:
+            rows = (
+                list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
+            )
         found = [(row["text"], str(row["label"])) for row in rows]
     except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
         raise InputError(
@@ -283,6 +286,9 @@ def read_labelled(source: str) -> list[tuple[str, str]]:
         ) from error
     if not found:
         raise InputError(f"--accuracy: {source} holds no rows")
+    for number, (text, _) in enumerate(found, 1):
+        if not isinstance(text, str) or not text:
+            raise InputError(f'--accuracy: row {number} of {source} has no text in "text"')
     return found
 
 

@@ -26,13 +26,16 @@ from lrsd.data import (
 )
 from lrsd.errors import InputError, NumericsError
 from lrsd.model.load import LoadedModel, load_model
-from lrsd.model.samples import Samples, answer, distance, has_logits, run_model
+from lrsd.model.samples import Samples, answer, chooses, distance, has_logits, run_model
 from lrsd.progress import Progress
 
 # Window of the published WikiText-2 perplexities.
 _DEFAULT_SEQLEN = 2048
 # Share of tokens that a masked language model is asked for.
 _MASKED = 0.15
+_LEAST_MASKED = 8
+# Characters by which a path is told from a text.
+_LONGEST_PATH = 4096
 _PROTOCOLS = {
     "causal": "token perplexity, non-overlapping windows, all tokens but the first of a window scored",
     "masked": "masked-token perplexity, non-overlapping windows, 15 % of the tokens masked at once",
@@ -174,6 +177,10 @@ def questions(loaded: LoadedModel, content: str, seqlen: int, windows: int | Non
 
     content: the text, or the path of pairs, or of the features for a model that hears.
     """
+    is_path = Path(content[:_LONGEST_PATH]).suffix == ".safetensors"
+    if is_path != (loaded.kind == "speech"):
+        reads = "a safetensors file of input_features" if loaded.kind == "speech" else "text"
+        raise InputError(f"{type(loaded.model).__name__} reads {reads}; give that with --ppl")
     if loaded.kind == "speech":
         features = read_features(content, "--ppl")[:windows]
         settings = CalibrationSettings(source=content, samples=max(2, len(features)), seqlen=max(8, seqlen))
@@ -208,6 +215,8 @@ def _masked(tokenizer: PreTrainedTokenizerBase, block: Tensor, seed: int) -> Que
     """A window with 15 % of its tokens masked, the same ones whenever it is asked."""
     if tokenizer.mask_token_id is None:
         raise InputError("the tokenizer has no mask token; a masked language model needs one")
+    if len(block) < _LEAST_MASKED:
+        raise InputError(f"a masked language model needs windows of {_LEAST_MASKED} tokens; raise --seqlen")
     order = torch.randperm(len(block) - 2, generator=torch.Generator().manual_seed(seed))
     rows = (1 + order[: max(1, int(_MASKED * len(block)))]).sort().values
     hidden = block.clone()
@@ -287,9 +296,7 @@ def divergence(
         raise NumericsError("the divergence is not finite: one of the models gives non-finite logits")
     return Divergence(
         kl=total / rows,
-        measure="KL, nats per token"
-        if has_logits(dense)
-        else "half the relative squared error of hidden states",
+        measure="KL, nats" if chooses(dense, reference) else "half the relative squared error",
         top1_agreement=agreeing / rows,
         scored_tokens=rows,
         text=text,
@@ -304,14 +311,18 @@ def classify(loaded: LoadedModel, source: str) -> Accuracy:
     Raises: InputError for a model that is no classifier, or a row that has no such label.
     """
     names = getattr(loaded.model.config, "label2id", None) or {}
+    classes = int(loaded.model.config.num_labels or 0)
     if loaded.kind != "encoder" or not has_logits(loaded.model):
         raise InputError(f"--accuracy needs a classifier, {type(loaded.model).__name__} is none")
     right = 0
     rows = read_labelled(source)
     for number, (text, label) in enumerate(rows, 1):
-        wanted = int(label) if label.isdigit() else names.get(label)
-        if wanted is None:
-            raise InputError(f"--accuracy: {source}:{number}: label {label!r} is none of {', '.join(names)}")
+        wanted = int(label) if label.isdecimal() else names.get(label)
+        if wanted is None or wanted >= classes:
+            raise InputError(
+                f"--accuracy: row {number} of {source}: label {label!r} is none of {', '.join(names)} or of "
+                f"0 to {classes - 1}"
+            )
         tokenizer = loaded.require_tokenizer()
         ids = tokenizer(text, truncation=True, max_length=loaded.context_length).input_ids
         found = answer(run_model(loaded.model, Samples({"input_ids": torch.tensor([ids])})))
@@ -321,7 +332,14 @@ def classify(loaded: LoadedModel, source: str) -> Accuracy:
 
 @torch.inference_mode()
 def speed(loaded: LoadedModel) -> Speed:
-    """Prefill and decode tokens per second at batch 1, best of three."""
+    """Prefill and decode tokens per second at batch 1, best of three.
+
+    Raises: InputError for a model that does not write text token by token.
+    """
+    if loaded.kind != "causal":
+        raise InputError(
+            f"--speed is for models that write token by token, not {type(loaded.model).__name__}"
+        )
     model = loaded.model
     vocabulary = model.config.get_text_config().vocab_size
     context = loaded.context_length or _PREFILL_TOKENS + _DECODE_TOKENS

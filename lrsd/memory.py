@@ -40,7 +40,9 @@ def predicted_peak(
         widths = [group.in_features for group in block.groups]
         outputs = [spec.shape.out_features for group in block.groups for spec in group.linears]
         moments = 8 * sum(width**2 for width in widths)
-        working.append(moments + replayed * (value * (sum(widths) + sum(outputs)) + 4 * max(widths)))
+        working.append(
+            moments + replayed * (value * (sum(widths) + sum(outputs)) + 4 * max(widths, default=0))
+        )
         for group in block.groups:
             layer = group.in_features * max(spec.shape.out_features for spec in group.linears)
             working.append(moments + 8 * (_SQUARES * group.in_features**2 + _WEIGHTS * layer))

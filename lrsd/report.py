@@ -29,9 +29,15 @@ def summary_lines(manifest: Manifest) -> list[str]:
         f"layers          {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
         *_left_alone(manifest),
         f"time            {seconds}",
-        f"memory          {_mb(manifest.memory['peak'])} at most, "
-        f"{_mb(manifest.memory['predicted'])} predicted",
+        *_memory(manifest),
     ]
+
+
+def _memory(manifest: Manifest) -> list[str]:
+    if not manifest.memory:
+        return []
+    peak, predicted = manifest.memory["peak"], manifest.memory["predicted"]
+    return [f"memory          {_mb(peak)} of the host's at most, {_mb(predicted)} predicted"]
 
 
 def _left_alone(manifest: Manifest) -> list[str]:
@@ -178,9 +184,9 @@ Load it with
 
 ```python
 import lrsd  # registers the loader
-from transformers import AutoModelForCausalLM
+from transformers import {manifest.model_class}
 
-model = AutoModelForCausalLM.from_pretrained("this directory")
+model = {manifest.model_class}.from_pretrained("this directory")
 ```
 
 `lrsd eval` measures it, `lrsd inspect` shows every layer, `lrsd export --dense` writes plain weights.

@@ -19,8 +19,9 @@ import torch
 from bench import Bench, Log, parser
 from safetensors.torch import save_file
 
-from lrsd.compress import calibration_tokens, compress
+from lrsd.compress import compress
 from lrsd.config import CompressionSettings
+from lrsd.data import calibration_samples
 from lrsd.model.load import fingerprint
 from lrsd.progress import Progress
 
@@ -35,10 +36,10 @@ def main() -> None:
     with torch.inference_mode(), tempfile.TemporaryDirectory(prefix="lrsd-bench-") as place:
         model, tokens = Path(place, "dense"), Path(place, "tokens.safetensors")
         dense.model.save_pretrained(model)
-        dense.tokenizer.save_pretrained(model)
+        dense.require_tokenizer().save_pretrained(model)
         identity = fingerprint(dense.model)
-        drawn = calibration_tokens(dense, identity, bench.calibration, Progress())
-        save_file({"tokens": drawn}, tokens)
+        drawn = calibration_samples(dense, identity, bench.calibration, Progress())
+        save_file({"tokens": drawn.inputs["input_ids"]}, tokens)
         threads = str(torch.get_num_threads())
         peer_script = str(Path(__file__).with_name("peer_llm_compressor.py"))
         peer = run([args.peer_python, peer_script, model, tokens, Path(place, "peer"), "--threads", threads])

@@ -69,13 +69,21 @@ class Int8Head(nn.Module):
 
 def embedding_names(model: PreTrainedModel) -> tuple[str, ...]:
     """Names of the token embedding and the head, where they are a plain nn.Embedding and nn.Linear without
-    bias; others (scaled embeddings, heads with a bias) stay at 16 bit."""
+    bias; others (scaled embeddings, heads with a bias) stay at 16 bit, and so does an embedding that anything
+    else shares with them (T5's stacks)."""
     names = {module: name for name, module in model.named_modules()}
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     found = []
+    sharers = {owner for pair in model.all_tied_weights_keys.items() for owner in pair}
+    plain_head = type(head) is nn.Linear and head.bias is None
+    allowed = {
+        f"{names[module]}.weight" for module in (embedding, head if plain_head else None) if module in names
+    }
+    if not sharers <= allowed:
+        return ()
     if type(embedding) is nn.Embedding:
         found.append(names[embedding])
-    if type(head) is nn.Linear and head.bias is None and (found or not is_tied(model)):
+    if plain_head and (found or not is_tied(model)):
         found.append(names[head])
     return tuple(found)
 

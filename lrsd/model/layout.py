@@ -124,6 +124,11 @@ def find_layout(model: PreTrainedModel, example: Samples, selection: Selection |
     try:
         with torch.inference_mode():
             run_model(model, example)
+    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{type(model).__name__} cannot be run on {' and '.join(example.inputs)} alone: {line}"
+        ) from error
     finally:
         for handle in handles:
             handle.remove()
@@ -145,6 +150,9 @@ def find_layout(model: PreTrainedModel, example: Samples, selection: Selection |
         if is_linear(module) and name not in layout.linears and name not in untouched:
             head = module is model.get_output_embeddings()
             untouched[name] = "the model's head" if head else "not run within a block"
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and any(name.startswith(f"{block.name}.") for block in layout.blocks):
+            untouched[name] = "a 3-D weight of a kind that is not known"
     if not layout.linears:
         raise InputError(
             f"{type(model).__name__} runs no linear layer inside its blocks "

@@ -25,6 +25,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.utils import logging as transformers_logging
+from transformers.utils.hub import cached_file
 
 from lrsd.errors import InputError, NumericsError
 from lrsd.model.samples import Kind, kind_of
@@ -63,7 +64,17 @@ class LoadedModel:
 
     @property
     def context_length(self) -> int | None:
-        return getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        if limit is None:
+            return None
+        # RoBERTa's positions begin behind that of padding.
+        paddings = (
+            module.padding_idx
+            for module in self.model.modules()
+            if isinstance(module, nn.Embedding) and module.num_embeddings == limit
+        )
+        offsets = [padding + 1 for padding in paddings if padding is not None]
+        return limit - max(offsets, default=0)
 
 
 def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
@@ -96,8 +107,12 @@ def _load(source: str, dtype: str, device: str) -> LoadedModel:
         raise InputError(f"cannot load {place}: {_first_line(error)}") from error
     model, report = loaded
     _require_all_weights(source, report)
-    hears = model.main_input_name == "input_features"
-    tokenizer = None if hears else _load_tokenizer(where, source, arguments)
+    tokenizer: PreTrainedTokenizerBase | None = None
+    try:
+        tokenizer = _load_tokenizer(where, source, arguments)
+    except InputError:
+        if model.main_input_name != "input_features":
+            raise
     nn.Module.to(model, target)
     return LoadedModel(model.eval(), tokenizer, source, stored_as or native)
 
@@ -153,8 +168,14 @@ def _model_class(config: PretrainedConfig) -> Any:
 
 def copy_processor(source: str, target: Path) -> None:
     """The files beside the weights by which sound or images become inputs, where the source has any."""
+    if source.endswith(".gguf"):
+        return
     for name in _PROCESSOR_FILES:
-        if (path := Path(source) / name).is_file():
+        path = cached_file(
+            source, name, _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )  # fmt: skip
+        if path is not None:
             shutil.copyfile(path, target / name)
 
 

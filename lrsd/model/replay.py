@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 from lrsd.errors import InputError
@@ -37,9 +38,10 @@ class _Call:
 class Replay:
     """The blocks of one model, each callable on cached hidden states of a numbered batch.
 
-    What a block is called with besides (rotary embeddings, masks) depends on the batch's shape only, since
-    samples are unpadded; in a decoder that looks at an encoder, also on the encoder's output: that of the
-    model as it was at the start. calls: per batch, per block; shared by batches of one shape.
+    What a block is called with besides (rotary embeddings, masks) mostly depends on the batch's shape only,
+    since samples are unpadded; in a decoder that looks at an encoder, also on the encoder's output: that of
+    the model as it was at the start. calls: per batch, per block; shared by batches of one shape if the
+    first two of them agree.
     entering: the hidden states that enter each stack's first block.
     encoded: the encoder's output per batch, where there is one.
     """
@@ -56,16 +58,18 @@ class Replay:
         calls: list[list[_Call]] = []
         entering: tuple[Stream, ...] = tuple([] for _ in range(layout.stacks))
         encoded: Stream = []
-        by_shape: dict[Any, list[_Call]] = {}
+        by_shape: dict[Any, list[list[_Call]]] = {}
         for samples in batches:
-            known = by_shape.get(samples.shapes) if layout.stacks == 1 else None
-            traced = _trace(model, layout, samples, only_entry=known is not None)
+            alike = by_shape.setdefault(samples.shapes, [])
+            shared = layout.stacks == 1 and len(alike) > 1 and _same(alike[0], alike[1])
+            traced = _trace(model, layout, samples, only_entry=shared)
             for stream, hidden in zip(entering, traced.entering, strict=True):
                 stream.append(hidden)
             if traced.encoded is not None:
                 encoded.append(traced.encoded)
-            calls.append(known or traced.calls)
-            by_shape[samples.shapes] = calls[-1]
+            calls.append(alike[0] if shared else traced.calls)
+            if len(alike) < 2:
+                alike.append(traced.calls)
         return Replay(model, layout, tuple(calls), entering, encoded)
 
     def block(self, index: int) -> nn.Module:
@@ -165,6 +169,29 @@ def _hand_through(rest: tuple[Any, ...] | None, hidden_states: Tensor, *args: An
     return hidden_states if rest is None else (hidden_states, *rest)
 
 
+def _same(a: Any, b: Any) -> bool:
+    """Whether two blocks' calls, or parts of them, are equal; what cannot be compared is not."""
+    if isinstance(a, Tensor) or isinstance(b, Tensor):
+        return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, _Call) and isinstance(b, _Call):
+        return _same(a.args, b.args) and _same(a.kwargs, b.kwargs) and _same(a.rest, b.rest)
+    if isinstance(a, dict) and isinstance(b, dict):
+        return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return a is b or (isinstance(a, bool | int | float | str) and a == b)
+
+
+def _kept(value: Any) -> Any:
+    """An argument as it is to be used again: without caches, which grow, and apart from parameters, which
+    change."""
+    if isinstance(value, Cache):
+        return None
+    if isinstance(value, tuple):
+        return tuple(_kept(item) for item in value)
+    return value.detach().clone() if isinstance(value, nn.Parameter) else value
+
+
 def _joined(inputs: list[Tensor]) -> Tensor:
     return torch.cat([x.reshape(-1, x.shape[-1]) for x in inputs])
 
@@ -214,8 +241,8 @@ def _trace(model: PreTrainedModel, layout: Layout, samples: Samples, *, only_ent
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
         left[:] = [first]
-        kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-        calls.append(_Call(args[1:], kwargs, rest))
+        kwargs = {name: _kept(value) for name, value in kwargs.items() if name != "hidden_states"}
+        calls.append(_Call(_kept(args[1:]), kwargs, None if rest is None else _kept(rest)))
         if len(calls) == len(layout.blocks):  # the head on a whole batch is a large matrix
             raise _Reached
 

@@ -14,6 +14,8 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING_NAMES,
 )
 
+from lrsd.errors import InputError
+
 # causal: predicts the next token; masked: a masked one; seq2seq: a target from a source text; speech: a
 # target from features of sound; encoder: anything else over token ids, a classifier or a bare encoder.
 Kind = Literal["causal", "masked", "seq2seq", "speech", "encoder"]
@@ -79,22 +81,31 @@ def run_model(model: PreTrainedModel, samples: Samples, **more: Any) -> Any:
 
 def answer(output: Any) -> Tensor:
     """What a model says, (rows, classes) in float32: its logits; of a bare encoder its last hidden states."""
-    found = output.logits if getattr(output, "logits", None) is not None else output.last_hidden_state
+    named = [getattr(output, name, None) for name in ("logits", "last_hidden_state")]
+    found = next((value for value in named if isinstance(value, Tensor)), None)
+    if found is None:
+        raise InputError(f"{type(output).__name__} holds neither logits nor hidden states to compare")
     return found.float().reshape(-1, found.shape[-1])
 
 
 def distance(model: PreTrainedModel, reference: Tensor, found: Tensor) -> float:
-    """Mean over rows of KL(reference || found) in nats; of hidden states, of half the relative squared error.
+    """Mean over rows of KL(reference || found) in nats; of half the relative squared error where the answer
+    is no choice among classes: hidden states, a single number.
 
-    The latter, because it is what KL comes to for a small change of an output that has a Gaussian's noise.
+    The latter is what KL comes to for a small change of an output that has a Gaussian's noise.
     """
-    if has_logits(model):
+    if chooses(model, reference):
         first, second = log_softmax(found, -1), log_softmax(reference, -1)
         total = kl_div(first, second, reduction="sum", log_target=True)
     else:
         norms = reference.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         total = ((found - reference).square().sum(-1) / norms).sum() / 2
     return max(float(total), 0.0) / len(reference)
+
+
+def chooses(model: PreTrainedModel, found: Tensor) -> bool:
+    """Whether an answer's rows are logits of several classes."""
+    return has_logits(model) and found.shape[-1] > 1
 
 
 def has_logits(model: PreTrainedModel) -> bool:

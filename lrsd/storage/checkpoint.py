@@ -86,9 +86,10 @@ class Manifest:
     expected_kl: float | None
     propagated: bool
     seconds: dict[str, float]
-    memory: dict[str, int]
     layers: dict[str, LayerRecord]
-    files: dict[str, str]
+    memory: dict[str, int] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    model_class: str = "AutoModelForCausalLM"
     untouched: dict[str, str] = field(default_factory=dict)
     version: int = field(default=MANIFEST_VERSION)
 
@@ -170,6 +171,9 @@ def new_directory(target: Path) -> Iterator[Path]:
             target.rmdir()
         aside.rename(target)
         _sync(target.parent)
+    except SafetensorError as error:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise CheckpointError(f"cannot write {target}: {error}") from error
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise

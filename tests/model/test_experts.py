@@ -90,5 +90,6 @@ def test_a_starved_expert_is_fitted_on_the_tokens_of_the_others_and_reported(
         starving, tmp_path / "without", text_file, bits=bits, ratio=ratio, exclude=(f"*.experts.*.{STARVED}",)
     )
     for name in set(experts) - set(starved):
-        assert experts[name].error == pytest.approx(without.layers[name].error, rel=0.1), name
+        # The last layer is fitted to whatever bytes are left.
+        assert experts[name].error <= 1.1 * without.layers[name].error + 1e-5, name
     assert {without.untouched[name] for name in starved} == {"--exclude"}

@@ -1,25 +1,32 @@
 """What is asked of models that are no decoders, and which layers a user may choose."""
 
 import json
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AlbertConfig,
+    AutoModelForCausalLM,
     AutoModelForMaskedLM,
     AutoModelForSeq2SeqLM,
     AutoModelForSequenceClassification,
     BertConfig,
+    GPT2Config,
     T5Config,
 )
 
 from lrsd.compress import compress, dry_run
 from lrsd.config import CalibrationSettings, CompressionSettings
-from lrsd.data import calibration_samples
+from lrsd.data import calibration_samples, token_blocks
 from lrsd.errors import InputError
 from lrsd.evaluate import evaluate, questions
+from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
+from lrsd.model.replay import Replay
+from lrsd.model.samples import Samples
 from lrsd.progress import Progress
 from lrsd.storage.checkpoint import read_manifest, shard_paths
 
@@ -169,3 +176,92 @@ def test_a_pattern_that_matches_nothing_is_an_error(
 ) -> None:
     with pytest.raises(InputError, match="may be compressed"):
         dry_run(str(tiny_model_dir), CompressionSettings(ratio=3, include=("*.nothing",)), calibration)
+
+
+def test_a_single_number_is_no_choice_and_still_has_a_distance(
+    make_model, calibration: CalibrationSettings, text_file: Path, tmp_path: Path
+) -> None:
+    base = make_model(BertConfig(**BERT, num_labels=1), AutoModelForSequenceClassification)
+    manifest = compress(str(base), tmp_path / "out", CompressionSettings(ratio=6), calibration)
+    assert min(layer.sensitivity for layer in manifest.layers.values()) > 0
+    result = evaluate(
+        str(tmp_path / "out"), (str(text_file),), seqlen=32, windows=2, dense=str(base), dtype="float32"
+    )
+    (found,) = result.divergence
+    assert found.kl > 0
+    assert found.measure == "half the relative squared error"
+
+
+def test_a_whole_block_may_stay_dense(
+    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path
+) -> None:
+    settings = CompressionSettings(ratio=3, exclude=("*.layers.0.*",))
+    manifest = compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
+    assert all(".layers.1." in name for name in manifest.layers)
+    assert manifest.linear_bytes <= manifest.budget_bytes
+
+
+@pytest.mark.parametrize("family", ["t5", "bert"])
+def test_shared_embeddings_that_int8_cannot_serve_stay_as_they_are(
+    make_model, text_file: Path, calibration: CalibrationSettings, tmp_path: Path, family: str
+) -> None:
+    """T5's stacks share theirs, BERT's tied head has a bias: the ratio is met by the linear weights."""
+    if family == "t5":
+        config = T5Config(
+            vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=5
+        )
+        base = make_model(config, AutoModelForSeq2SeqLM)
+    else:
+        base = make_model(BertConfig(**BERT), AutoModelForMaskedLM)
+    settings = CompressionSettings(ratio=1.9, scope="checkpoint")
+    manifest = compress(str(base), tmp_path / "out", settings, calibration)
+    assert 1.9 <= manifest.checkpoint_ratio < 1.95
+    result = evaluate(str(tmp_path / "out"), (str(text_file),), seqlen=32, windows=2, dense=str(base))
+    assert result.divergence[0].kl < 0.02
+
+
+def test_blocks_that_are_told_the_tokens_are_replayed_with_their_own(tokenizer, text_file: Path) -> None:
+    """A block's other arguments may differ between batches of one shape: Gemma 3n gives it embeddings."""
+    config = GPT2Config(vocab_size=300, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+    model = AutoModelForCausalLM.from_config(config).eval()
+    for block in model.transformer.h:
+        block.forward = partial(_with_more, block.forward)
+        block.register_forward_pre_hook(_tell_tokens(model), with_kwargs=True)
+    tokens = token_blocks(tokenizer, text_file.read_text(), samples=6, seqlen=16, seed=0)
+    batches = list(Samples({"input_ids": tokens}).split(2))
+    with torch.inference_mode():
+        layout = find_layout(model, batches[0])
+        replay = Replay.start(model, layout, batches)
+        stream = replay.entering[0]
+        for index in range(2):
+            stream = replay.run_all(index, stream)
+        for samples, hidden in zip(batches, stream, strict=True):
+            expected = model(**samples.inputs).logits
+            torch.testing.assert_close(model.lm_head(model.transformer.ln_f(hidden)), expected)
+
+
+def _with_more(forward, hidden_states, *args, more=0.0, **kwargs):
+    return forward(hidden_states + more, *args, **kwargs)
+
+
+def _tell_tokens(model):
+    """Gives a block the mean embedding of the batch that the model reads."""
+    read: list[torch.Tensor] = []
+    model.transformer.wte.register_forward_hook(lambda m, args, output: read.append(output.mean()))
+
+    def tell(module, args, kwargs):
+        return args, {"more": 100 * read[-1], **kwargs}
+
+    return tell
+
+
+def test_text_and_sound_are_not_confused(tiny_model_dir: Path, tmp_path: Path) -> None:
+    path = tmp_path / "sound.safetensors"
+    save_file({"input_features": torch.zeros(2, 4, 8)}, path)
+    with pytest.raises(InputError, match="LlamaForCausalLM reads text; give that with --ppl"):
+        evaluate(str(tiny_model_dir), (str(path),))
+
+
+def test_speed_is_for_models_that_write(classifier: Path) -> None:
+    with pytest.raises(InputError, match="--speed is for models that write token by token"):
+        evaluate(str(classifier), (), with_speed=True)
