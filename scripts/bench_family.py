@@ -53,7 +53,7 @@ def plot(bench: Bench, path: str) -> None:
             name = row["name"].partition(" ")[2]
             curves.setdefault(name, []).append((16 / row["ratio"], row["perplexity"]))
     for name, points in curves.items():
-        bits, scores = zip(*points, strict=True)
+        bits, scores = zip(*sorted(points), strict=True)
         axes.plot(bits, scores, "o-", label=name)
     axes.axhline(bench.rows[0]["perplexity"], color="gray", linestyle=":", label="dense")
     axes.set(yscale="log", xlabel="bits per weight, all included", ylabel="perplexity")
