@@ -284,3 +284,7 @@ def test_verify_names_what_is_missing_or_changed(run: Run, compressed: Path, tmp
     (copy / "tokenizer.json").unlink()
     with pytest.raises(CheckpointError, match=r"tokenizer.json missing; model.safetensors changed; copy"):
         run("verify", copy)
+    manifest = json.loads((copy / "lrsd.json").read_text())
+    (copy / "lrsd.json").write_text(json.dumps(manifest | {"files": {}}))
+    with pytest.raises(CheckpointError, match="holds no digests"):
+        run("verify", copy)

@@ -133,9 +133,13 @@ def digests(directory: Path) -> dict[str, str]:
 def verify(directory: Path) -> Manifest:
     """Compare every file with the manifest's digest.
 
-    Raises: CheckpointError naming the files that are missing or differ.
+    Raises: CheckpointError naming the files that are missing or differ, or if the manifest holds no digests.
     """
     manifest = read_manifest(directory)
+    if not manifest.files:
+        raise CheckpointError(
+            f"{directory / MANIFEST_NAME} holds no digests; nothing can be compared with it"
+        )
     found = digests(directory)
     missing = sorted(set(manifest.files) - set(found))
     changed = sorted(n for n, digest in manifest.files.items() if n in found and found[n] != digest)
