@@ -81,6 +81,8 @@ def test_a_starved_expert_is_fitted_on_the_tokens_of_the_others_and_reported(
         sum(layer.routed_tokens for n, layer in experts.items() if ".0.mlp.experts.ups." in n) == 16 * 32 * 2
     )
     assert all(math.isfinite(layer.error) and layer.error < 0.5 for layer in experts.values())
+    # A metric of no tokens would call every error 0.
+    assert all(layer.error > 0 for layer in starved.values())
     said = "\n".join(summary_lines(manifest))
     assert all(f"{name} saw 0" in said for name in starved)
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")

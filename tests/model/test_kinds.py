@@ -247,7 +247,7 @@ def _with_more(forward, hidden_states, *args, more=0.0, **kwargs):
 def _tell_tokens(model):
     """Gives a block the mean embedding of the batch that the model reads."""
     read: list[torch.Tensor] = []
-    model.transformer.wte.register_forward_hook(lambda m, args, output: read.append(output.mean()))
+    model.transformer.wte.register_forward_hook(lambda m, args, output: read.append(output.mean((0, 1))))
 
     def tell(module, args, kwargs):
         return args, {"more": 100 * read[-1], **kwargs}
