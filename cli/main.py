@@ -25,6 +25,7 @@ Examples:
   lrsd compress ./my-model --ratio 2x --dry-run
   lrsd compress ./my-model --ratio 1.25x --bits 16 -o low-rank
   lrsd compress ./my-model --ratio 3.5x --method gptq -o peer
+  lrsd compress ./my-model --ratio 4x -o out --resume
 """
 _EVAL_EXAMPLES = """
 \b
@@ -57,13 +58,13 @@ def main() -> None:
     signal.signal(signal.SIGTERM, _terminated)
     try:
         code = commands.main(prog_name="lrsd", standalone_mode=False)
-    except click.exceptions.Abort:
-        click.echo("interrupted; nothing was written", err=True)
+    except click.exceptions.Abort as abort:
+        click.echo(f"interrupted; {_kept(abort.__cause__ or abort)}", err=True)
         code = 130
     except click.ClickException as error:
         code = _wrong_usage(error)
     except SystemExit as stop:
-        click.echo("terminated; nothing was written", err=True)
+        click.echo(f"terminated; {_kept(stop)}", err=True)
         code = stop.code
     except BrokenPipeError:
         sys.stderr.close()
@@ -83,14 +84,20 @@ def _wrong_usage(error: click.ClickException) -> int:
     return error.exit_code
 
 
+def _kept(stopped: BaseException) -> str:
+    """What is left of a run that was stopped, and how to go on."""
+    return "; ".join(getattr(stopped, "__notes__", ["nothing was written"]))
+
+
 def _report(error: Exception) -> int:
     from lrsd.errors import LrsdError
 
+    notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     if isinstance(error, LrsdError):
-        click.echo(f"lrsd: {error}", err=True)
+        click.echo(f"lrsd: {error}{notes}", err=True)
         return error.exit_code
     if isinstance(error, OSError) and error.errno is not None:
-        click.echo(f"lrsd: {error.strerror}: {error.filename or 'no file named'}", err=True)
+        click.echo(f"lrsd: {error.strerror}: {error.filename or 'no file named'}{notes}", err=True)
         return 1
     raise error
 
@@ -116,7 +123,7 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
         recipe = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise click.BadParameter(f"{path} is neither TOML nor JSON: {error}") from error
-    known = {p.name for p in context.command.params if p.name not in ("model", "output", "recipe")}
+    known = {p.name for p in context.command.params if p.name not in ("model", "output", "recipe", "resume")}
     unknown = sorted(set(recipe) - known) if isinstance(recipe, dict) else ["(no table at the top)"]
     if unknown:
         raise click.BadParameter(
@@ -257,11 +264,26 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     callback=_read_recipe,
     help="TOML or JSON file with any of these settings; OUTPUT/recipe.json is one.",
 )
+@click.option(
+    "--resume",
+    is_flag=True,
+    help="Go on with what an earlier run of the same command has finished, kept in OUTPUT.partial; the "
+    "result is the same to the byte. From the start where there is nothing.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
 def compress(
-    model: str, output: Path | None, dry_run: bool, as_json: bool, recipe: Path | None, **options: Any
+    model: str,
+    output: Path | None,
+    dry_run: bool,
+    resume: bool,
+    as_json: bool,
+    recipe: Path | None,
+    **options: Any,
 ) -> None:
-    """Compress MODEL (a directory, a hub id, or a .gguf file) into a new checkpoint directory."""
+    """Compress MODEL (a directory, a hub id, or a .gguf file) into a new checkpoint directory.
+
+    A run that was stopped, by a signal, a full disk or a lost machine, goes on with --resume.
+    """
     if output is None and not dry_run:
         raise click.UsageError("give an output directory with -o, or --dry-run")
     from dataclasses import asdict
@@ -279,7 +301,7 @@ def compress(
         click.echo(json.dumps(prepared.to_dict(), indent=1) if as_json else plan_table(prepared))
         return
     assert output is not None
-    manifest = run(model, output, settings, calibration, progress)
+    manifest = run(model, output, settings, calibration, progress, resume=resume)
     click.echo(
         json.dumps(asdict(manifest), indent=1)
         if as_json

@@ -1,11 +1,11 @@
 """The main job: model and text in, a compressed checkpoint directory out."""
 
-import json
 import platform
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -15,19 +15,26 @@ import torch
 from transformers import PreTrainedModel
 
 from lrsd.config import CalibrationSettings, CompressionSettings, plain, recipe
-from lrsd.data import calibration_samples, example
-from lrsd.errors import BudgetError, InputError
+from lrsd.data import calibration_samples, example, text_identity
+from lrsd.errors import BudgetError, InputError, LrsdError
 from lrsd.fit import Fitted, fit_blocks
 from lrsd.memory import current_rss, peak_rss, predicted_peak
 from lrsd.model.embedding import embedding_names, pack_embeddings, packed_bytes
 from lrsd.model.experts import unfuse_experts
 from lrsd.model.hf import mark_packed
 from lrsd.model.layout import find_layout
-from lrsd.model.load import LoadedModel, check_finite, copy_processor, fingerprint, load_model
+from lrsd.model.load import (
+    LoadedModel,
+    check_finite,
+    copy_processor,
+    fingerprint,
+    load_model,
+    resolve_device,
+)
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
 from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, dense_bytes, plan_bytes
-from lrsd.plan import Choice, choose_plan
+from lrsd.plan import PLAN_STEP, Choice, choose_plan
 from lrsd.progress import Progress
 from lrsd.report import model_card
 from lrsd.storage.checkpoint import (
@@ -36,15 +43,19 @@ from lrsd.storage.checkpoint import (
     LayerRecord,
     Manifest,
     digests,
-    new_directory,
+    publish,
+    read_manifest,
     require_free,
-    scratch_directory,
     stored_bytes,
     write_manifest,
 )
-from lrsd.storage.moments import MomentStore
+from lrsd.storage.files import refusals, sync, write_json
+from lrsd.storage.journal import Journal, partial_directory
 from lrsd.survey import Survey, survey_model
 
+# Steps of the journal besides those of the blocks; where the checkpoint is written to.
+TEXT_STEP, WRITTEN = "text", "written"
+_CHECKPOINT = "checkpoint"
 # Of the linear weights, where 8-bit embeddings alone already meet the ratio of the checkpoint.
 _LEAST_RATIO = 1.001
 # Time of the fit over time of the survey, with propagation and without, as `scripts/bench_time.py` and
@@ -73,24 +84,73 @@ def compress(
     settings: CompressionSettings,
     calibration: CalibrationSettings,
     progress: Progress | None = None,
+    *,
+    resume: bool = False,
 ) -> Manifest:
     """Compress the model at `source` into the new directory `output`.
 
     Survey the dense model on calibration text, allocate the byte budget among its layers, fit them
-    block by block behind the compressed prefix, and write the packed checkpoint.
+    block by block behind the compressed prefix, and write the packed checkpoint. Finished blocks are kept
+    beside `output` meanwhile.
 
+    Args: resume: go on with what an earlier run of the same command has finished, if there is anything;
+        the result is the same, byte by byte.
     Raises: LrsdError; nothing is left at `output` then.
     """
-    require_free(output)
     progress, clock = progress or Progress(), Clock()
-    with scratch_directory(output) as scratch, torch.inference_mode():
-        prepared = prepare(source, settings, calibration, progress, clock, scratch)
-        with clock("solve"):
+    with work_towards(output, resume) as journal, torch.inference_mode():
+        if WRITTEN not in journal:
+            require_free(output)
+            prepared = prepare(source, settings, calibration, progress, clock, journal)
             fitted = fit_blocks(
-                prepared.replay, prepared.survey, prepared.choice, prepared.budget, settings, progress
+                prepared.replay,
+                prepared.survey,
+                prepared.choice,
+                prepared.budget,
+                settings,
+                progress,
+                journal,
             )
-    with clock("write"):
-        return write_checkpoint(prepared, fitted, output, settings, calibration, clock)
+            write_checkpoint(prepared, fitted, journal, settings, calibration, clock)
+        return move_into_place(journal, output)
+
+
+@contextmanager
+def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
+    """The journal beside `output`. What it holds outlives an interruption and a full disk, but not an error
+    that another try would run into again.
+
+    Raises: InputError if there is unfinished work and it is not to be resumed.
+    """
+    journal = Journal(partial_directory(output))
+    if journal.begun and not resume:
+        journal.close()
+        raise InputError(
+            f"{journal.directory} holds the unfinished work of an earlier run; add --resume to go on with "
+            "it, or delete it"
+        )
+    try:
+        yield journal
+    except BaseException as error:
+        if journal.begun:
+            if (isinstance(error, LrsdError) and error.final) or not journal.worth_keeping:
+                journal.remove()
+            else:
+                error.add_note(
+                    f"finished work is kept in {journal.directory}; the same command with --resume goes on"
+                )
+        raise
+    finally:
+        journal.close()
+
+
+def move_into_place(journal: Journal, output: Path) -> Manifest:
+    """A written checkpoint appears under its name, and the journal goes."""
+    if (written := journal.directory / _CHECKPOINT).is_dir():
+        publish(written, output)
+    manifest = read_manifest(output)
+    journal.remove()
+    return manifest
 
 
 @dataclass(frozen=True)
@@ -143,8 +203,12 @@ def dry_run(
     progress: Progress | None = None,
 ) -> Prepared:
     """Survey and allocate only; nothing is left on disk."""
-    with tempfile.TemporaryDirectory(prefix="lrsd-") as scratch, torch.inference_mode():
-        return prepare(source, settings, calibration, progress or Progress(), Clock(), Path(scratch))
+    with (
+        tempfile.TemporaryDirectory(prefix="lrsd-") as scratch,
+        closing(Journal(Path(scratch))) as journal,
+        torch.inference_mode(),
+    ):
+        return prepare(source, settings, calibration, progress or Progress(), Clock(), journal)
 
 
 def prepare(
@@ -153,12 +217,10 @@ def prepare(
     calibration: CalibrationSettings,
     progress: Progress,
     clock: Clock,
-    scratch: Path,
+    journal: Journal,
 ) -> Prepared:
-    """Load, read calibration text, survey, allocate.
-
-    Args: scratch: a directory for the moments, which the fit reads again.
-    """
+    """Load, read calibration text, survey, allocate; the last three where the journal does not have them."""
+    journal.claim(recipe=recipe(settings, calibration), environment=environment(settings))
     with clock("load"):
         loaded = load_model(source, dtype=settings.dtype, device=settings.device)
         if getattr(loaded.model, "is_quantized", False):
@@ -172,21 +234,30 @@ def prepare(
         budget = linear_budget(loaded.model, linear, settings)
         # From here on the ratio is that of the linear weights, whatever it was asked of.
         settings = replace(settings, ratio=linear / budget)
-    with clock("calibration text"):
-        samples = calibration_samples(loaded, identity, calibration, progress)
+        journal.claim(model=identity, text=text_identity(calibration.source))
+    journal.begin(loaded.model.device)
+    if TEXT_STEP not in journal:
+        journal.finish(TEXT_STEP, calibration_samples(loaded, identity, calibration, progress))
+    samples = journal.read(TEXT_STEP, Samples)
     in_memory = current_rss()
-    with clock("survey"):
-        replay = Replay.start(loaded.model, layout, samples.split(settings.batch))
-        progress.stage("survey", len(layout.blocks))
-        moments = MomentStore(scratch, loaded.model.device)
-        survey = survey_model(replay, samples, settings, progress.step, keep=moments)
-    with clock("allocate"):
-        choice = choose_plan(replay, survey, samples, budget, settings, progress)
-    whole = checkpoint_bytes(loaded.model)
+    batches = samples.split(settings.batch)
+    replay = Replay.start(loaded.model, layout, batches, journal.new_stream)
+    progress.stage("survey", len(layout.blocks))
+    survey = survey_model(replay, samples, settings, progress.step, journal)
+    choice = choose_plan(replay, survey, samples, budget, settings, progress, journal)
     memory = predicted_peak(
         loaded.model, layout, samples, settings.batch, propagate=choice.propagate, loaded=in_memory
     )
-    return Prepared(loaded, identity, samples, replay, survey, choice, budget, whole, memory, clock.seconds)
+    whole = checkpoint_bytes(loaded.model)
+    return Prepared(
+        loaded, identity, samples, replay, survey, choice, budget, whole, memory, spent(clock, journal)
+    )
+
+
+def spent(clock: Clock, journal: Journal) -> dict[str, float]:
+    """Seconds by phase: of this process, and of those before it as far as what they did is kept."""
+    steps = {"calibration text": TEXT_STEP, "survey": "survey-", "allocate": PLAN_STEP, "solve": "fit-"}
+    return clock.seconds | {phase: journal.seconds(prefix) for phase, prefix in steps.items()}
 
 
 def linear_budget(model: PreTrainedModel, linear: int, settings: CompressionSettings) -> int:
@@ -216,61 +287,64 @@ def checkpoint_bytes(model: PreTrainedModel) -> int:
 def write_checkpoint(
     prepared: Prepared,
     fitted: dict[str, Fitted],
-    output: Path,
+    journal: Journal,
     settings: CompressionSettings,
     calibration: CalibrationSettings,
     clock: Clock,
-) -> Manifest:
-    """The checkpoint directory: packed weights, tokenizer, manifest, model card."""
+) -> None:
+    """The checkpoint directory: packed weights, tokenizer, manifest, model card; within the journal's."""
     loaded, curves = prepared.loaded, prepared.curves
-    formats = {name: layer.packed.layout for name, layer in fitted.items() if layer.packed is not None}
-    for name, layer in fitted.items():
-        if layer.packed is not None:
-            loaded.model.set_submodule(name, layer.packed)
-    whole = prepared.checkpoint_bytes
+    formats = {name: layer.packing for name, layer in fitted.items() if layer.packing is not None}
     embeddings = embedding_names(loaded.model) if settings.scope == "checkpoint" else ()
     pack_embeddings(loaded.model, embeddings)
     mark_packed(loaded.model, formats, embeddings)
-    with new_directory(output) as aside:
-        loaded.model.save_pretrained(aside, max_shard_size=settings.shard_size)
+    layers = {name: _record(prepared, name, layer) for name, layer in fitted.items()}
+    added = sum(layer.bytes for layer in layers.values())
+    total = dense_bytes(curves)
+    directory = journal.directory / _CHECKPOINT
+    with clock("write"), refusals(directory):
+        if directory.exists():  # of a run that was stopped while it wrote
+            shutil.rmtree(directory)
+        directory.mkdir()
+        loaded.model.save_pretrained(directory, max_shard_size=settings.shard_size)
         if loaded.tokenizer is not None:
-            loaded.tokenizer.save_pretrained(aside)
-        copy_processor(loaded.source, aside)
-        layers = {name: _record(prepared, name, layer) for name, layer in fitted.items()}
-        added = sum(layer.bytes for layer in layers.values())
-        total = dense_bytes(curves)
-        everything = stored_bytes(aside)
-        (aside / RECIPE_NAME).write_text(json.dumps(recipe(settings, calibration), indent=1) + "\n")
-        manifest = Manifest(
-            base_model=Path(prepared.loaded.source).name,
-            base_fingerprint=prepared.fingerprint,
-            base_stored_as=loaded.stored_as,
-            lrsd_version=version("lrsd"),
-            environment=environment(),
-            calibration=asdict(calibration),
-            settings=plain(settings),
-            ratio=total / added,
-            checkpoint_ratio=whole / everything,
-            linear_bytes=added,
-            dense_linear_bytes=total,
-            budget_bytes=prepared.budget,
-            bits_per_weight=16 * added / total,
-            macs_per_token=sum(_macs(fitted[name], curve) for name, curve in curves.items()),
-            dense_macs_per_token=total // 2,
-            allocation=prepared.choice.compared,
-            allocation_chosen=prepared.choice.name,
-            expected_kl=prepared.choice.expected_kl,
-            propagated=prepared.choice.propagate,
-            seconds={phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
-            memory={"predicted": prepared.memory_bytes, "peak": peak_rss()},
-            layers=layers,
-            files=digests(aside),
-            model_class=type(loaded.model).__name__,
-            untouched=prepared.replay.layout.untouched,
-        )
-        write_manifest(aside, manifest)
-        (aside / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
-    return manifest
+            loaded.tokenizer.save_pretrained(directory)
+        copy_processor(loaded.source, directory)
+        write_json(directory / RECIPE_NAME, recipe(settings, calibration))
+        files = digests(directory)
+    manifest = Manifest(
+        base_model=Path(prepared.loaded.source).name,
+        base_fingerprint=prepared.fingerprint,
+        base_stored_as=loaded.stored_as,
+        lrsd_version=version("lrsd"),
+        environment=environment(settings),
+        calibration=asdict(calibration),
+        settings=plain(settings),
+        ratio=total / added,
+        checkpoint_ratio=prepared.checkpoint_bytes / stored_bytes(directory),
+        linear_bytes=added,
+        dense_linear_bytes=total,
+        budget_bytes=prepared.budget,
+        bits_per_weight=16 * added / total,
+        macs_per_token=sum(_macs(fitted[name], curve) for name, curve in curves.items()),
+        dense_macs_per_token=total // 2,
+        allocation=prepared.choice.compared,
+        allocation_chosen=prepared.choice.name,
+        expected_kl=prepared.choice.expected_kl,
+        propagated=prepared.choice.propagate,
+        layers=layers,
+        files=files,
+        model_class=type(loaded.model).__name__,
+        untouched=prepared.replay.layout.untouched,
+        seconds={phase: round(seconds, 2) for phase, seconds in spent(clock, journal).items()},
+        memory={"predicted": prepared.memory_bytes, "peak": peak_rss()},
+    )
+    write_manifest(directory, manifest)
+    with refusals(directory):
+        (directory / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
+        for path in (*directory.rglob("*"), directory):
+            sync(path)
+    journal.finish(WRITTEN)
 
 
 def _record(prepared: Prepared, name: str, layer: Fitted) -> LayerRecord:
@@ -301,17 +375,23 @@ def _record(prepared: Prepared, name: str, layer: Fitted) -> LayerRecord:
 
 def _macs(layer: Fitted, curve: LayerCurve) -> int:
     """Multiply-adds per token: one for every stored value."""
-    if layer.packed is None:
+    if layer.packing is None:
         return curve.shape.dense_bytes // 2
     values = sum(
-        parameter.numel()
-        for name, parameter in layer.packed.named_parameters()
-        if parameter.is_floating_point() and name not in ("bias", "scales")
+        tensor.numel()
+        for name, tensor in layer.tensors.items()
+        if tensor.is_floating_point() and name not in ("bias", "scales")
     )
     return values + (curve.shape.dense_bytes // 2 if layer.plan.codes else 0)
 
 
-def environment() -> dict[str, str]:
-    """Versions that a result may depend on."""
-    packages = ("torch", "transformers", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in packages}}
+def environment(settings: CompressionSettings) -> dict[str, str]:
+    """What a result may depend on besides its recipe: the same in all of this is the same to the byte."""
+    packages = ("lrsd", "torch", "transformers", "safetensors", "tokenizers")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": str(resolve_device(settings.device)),
+        "threads": str(torch.get_num_threads()),
+    }

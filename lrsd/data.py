@@ -1,6 +1,7 @@
 """Model inputs to calibrate and evaluate on, from text, pairs of texts, or features of sound."""
 
 import csv
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -50,6 +51,15 @@ def read_text(source: str, *, split: str, option: str) -> str:
             f"give a text or JSONL file, {', '.join(_KNOWN)}, or a hub id like owner/name"
         )
     return _join(_stream_rows(source, split, option))
+
+
+def text_identity(source: str) -> str:
+    """What tells one calibration text from another: the digest of a local file; else its name."""
+    path = Path(source)
+    if not path.is_file():
+        return source
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def calibration_samples(

@@ -9,6 +9,8 @@ class LrsdError(Exception):
     """An expected failure. The message says what was expected, what came, and what to try."""
 
     exit_code = 1
+    # Whether the same command will always end like this, so that what it has done is of no use.
+    final = False
 
 
 class InputError(LrsdError):
@@ -21,12 +23,20 @@ class SettingsError(LrsdError, ValueError):
     exit_code = 2
 
 
+class StorageError(LrsdError):
+    """The disk does not take what is to be written: full, read-only, or failing."""
+
+
 class BudgetError(LrsdError):
     """The requested ratio cannot be reached with this model and these settings."""
+
+    final = True
 
 
 class NumericsError(LrsdError):
     """A tensor holds values no solver can work with (NaN, infinity)."""
+
+    final = True
 
 
 class CheckpointError(LrsdError):

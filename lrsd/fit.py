@@ -2,26 +2,28 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
 
 from lrsd.config import CompressionSettings
+from lrsd.curves import metric
 from lrsd.errors import BudgetError
 from lrsd.memory import release_freed
 from lrsd.model.layout import InputGroup, LinearSpec, exchange_weight, read_weight
-from lrsd.model.linear import LowRankSparseLinear
-from lrsd.model.replay import Replay, Stream
+from lrsd.model.linear import LayerFormat, LowRankSparseLinear
+from lrsd.model.replay import Replay
 from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, LayerPlan, Plan
 from lrsd.numerics.moments import CrossMoments, Moments
 from lrsd.numerics.quantize import Feedback, feedback
 from lrsd.numerics.solver import Decomposition, propagated_target, relative_error
 from lrsd.plan import Choice
 from lrsd.progress import Progress
+from lrsd.propagation import Pair, TwoStreams, fit_step, pair_moments
 from lrsd.solve import solve_layer
-from lrsd.survey import HELD_OUT, Survey, metric
+from lrsd.storage.journal import Workspace
+from lrsd.survey import Survey
 
 # Tries at the last layer's step: bisection to less than its share of the slack takes about ten.
 _STEP_TRIALS = 30
@@ -31,14 +33,36 @@ _STEP_REACH = 16
 
 @dataclass(frozen=True)
 class Fitted:
-    """One layer's result: what is stored, what was planned, and how far its target moved."""
+    """One layer's result: what is stored, what was planned, and how far its target moved.
 
-    packed: LowRankSparseLinear | None
+    packing: its stored form, whose `tensors` are the parameters of a `LowRankSparseLinear`; None: the layer
+    stays dense, `tensors` holding its weight where that changed.
+    """
+
     plan: LayerPlan
     error: float
     blend: float
     status: str
     history: tuple[float, ...] = ()
+    packing: LayerFormat | None = None
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def install(self, model: nn.Module, spec: LinearSpec) -> None:
+        """Put what is stored in the place of the dense layer."""
+        if self.packing is not None:
+            packed = LowRankSparseLinear(spec.shape, self.packing, self.tensors["weight"].dtype)
+            packed.load_state_dict(self.tensors, assign=True)
+            model.set_submodule(spec.name, packed)
+        elif self.tensors:
+            weight = nn.Parameter(self.tensors["weight"], requires_grad=False)
+            model.get_submodule(spec.name).weight = weight
+
+
+@dataclass(frozen=True)
+class FittedBlock:
+    """All layers of one block, in the order in which they were fitted."""
+
+    layers: dict[str, Fitted]
 
 
 _Solved = tuple[Decomposition, LayerPlan, LowRankSparseLinear, Tensor | None]
@@ -51,49 +75,74 @@ def fit_blocks(
     budget: int,
     settings: CompressionSettings,
     progress: Progress,
+    workspace: Workspace | None = None,
 ) -> dict[str, Fitted]:
-    """Fit every planned layer, in the order in which the model runs them.
+    """Fit every planned layer, in the order in which the model runs them, and put what is stored of it into
+    the model.
 
     With propagation two streams of hidden states go through each stack side by side, one dense and
     one behind the layers fitted so far; without it, and for layers that not every token runs through
     once, the survey's moments are all that is needed.
 
+    Args: workspace: where finished blocks are kept, and which are not fitted again.
     Raises: BudgetError if entropy-coded layers came out
         so much larger than predicted that the last of them cannot make up for it.
     """
-    model = replay.model
+    workspace = Workspace() if workspace is None else workspace
     progress.stage("compress", len(replay.layout.blocks))
     fitted: dict[str, Fitted] = {}
     purse = Purse(choice.plan, survey.curves, budget)
-    stream: Stream = []
-    dense_stream: Stream = []
+    linears = replay.layout.linears
     for index, block in enumerate(replay.layout.blocks):
-        after: Stream | None = None
-        if block.leads:
-            stream = dense_stream = replay.entering[block.stack]
-        if choice.propagate:
-            dense_inputs, dense_stream = _dense_pass(replay, index, dense_stream)
-        for group in block.groups:
-            pair = None
-            if choice.propagate and group.aligned:
-                pair = _pair_moments(replay, index, group, dense_inputs.pop(group.name), dense_stream, stream)
-                aims = _propagated_aims(model, group, pair)
-            else:
-                aims = _plain_aims(model, group, survey.moments[group.name], settings)
-            before = _affine(model, group.linears[0])
-            coded = any(choice.plan[spec.name].codes for spec in group.linears)
-            carry = feedback(aims[group.name].gram_II) if coded else None
-            for spec in group.linears:
-                aim, curve = aims[spec.name], survey.curves[spec.name]
-                fitted[spec.name] = _fit_layer(
-                    model, spec, aim, curve, purse, settings, carry, propagate=choice.propagate
-                )
-            release_freed()
-            if pair is not None and pair.closing is not None:
-                after = _moved(pair.closing, before, _affine(model, group.linears[0]))
-        if choice.propagate:
-            stream = after or replay.run_all(index, stream)
+        step = fit_step(index)
+        if step not in workspace:
+            streams = TwoStreams.start(workspace, replay, index) if choice.propagate else None
+            layers = _fit_block(replay, index, survey, choice, purse, settings, streams)
+            workspace.finish(step, FittedBlock(layers), keep=streams.finish() if streams else [])
+        else:
+            for name, layer in workspace.read(step, FittedBlock).layers.items():
+                purse.pay(name, layer.plan.nbytes(survey.curves[name].shape))
+        for name, layer in workspace.read(step, FittedBlock).layers.items():
+            fitted[name] = layer
+            layer.install(replay.model, linears[name])
+        release_freed()
         progress.step(block.name)
+    return fitted
+
+
+def _fit_block(
+    replay: Replay,
+    index: int,
+    survey: Survey,
+    choice: Choice,
+    purse: "Purse",
+    settings: CompressionSettings,
+    streams: TwoStreams | None,
+) -> dict[str, Fitted]:
+    """All layers of one block; with propagation also the hidden states behind it."""
+    model, fitted = replay.model, {}
+    moved = False
+    for group in replay.layout.blocks[index].groups:
+        pair = None
+        if streams is not None and group.aligned:
+            pair = pair_moments(replay, index, group, streams)
+            aims = _propagated_aims(model, group, pair)
+        else:
+            aims = _plain_aims(model, group, survey.moments[group.name], settings)
+        before = _affine(model, group.linears[0])
+        coded = any(choice.plan[spec.name].codes for spec in group.linears)
+        carry = feedback(aims[group.name].gram_II) if coded else None
+        for spec in group.linears:
+            aim, curve = aims[spec.name], survey.curves[spec.name]
+            fitted[spec.name] = _fit_layer(
+                model, spec, aim, curve, purse, settings, carry, propagate=choice.propagate
+            )
+        release_freed()
+        if streams is not None and pair is not None and pair.closes:
+            streams.move_on(before, _affine(model, group.linears[0]))
+            moved = True
+    if streams is not None and not moved:
+        replay.run_all(index, streams.compressed, into=streams.compressed_behind)
     return fitted
 
 
@@ -143,20 +192,6 @@ def _affine(model: nn.Module, spec: LinearSpec) -> tuple[Tensor, Tensor | None]:
     return read_weight(model, spec), bias.float() if isinstance(bias, Tensor) else None
 
 
-def _moved(
-    closing: list[tuple[Tensor, Tensor]],
-    before: tuple[Tensor, Tensor | None],
-    after: tuple[Tensor, Tensor | None],
-) -> Stream:
-    """The block's outputs once its closing layer, whose inputs are known, has changed: no second run."""
-    change_OI = after[0] - before[0]
-    shift_O = None if after[1] is None else after[1] - (before[1] if before[1] is not None else 0.0)
-    return [
-        y + linear(x, change_OI.to(x.dtype), None if shift_O is None else shift_O.to(x.dtype)).view_as(y)
-        for y, x in closing
-    ]
-
-
 @dataclass(frozen=True)
 class _Aim:
     """What one layer is fitted to: a weight, a metric, and the means that a bias would make up for."""
@@ -180,56 +215,7 @@ def _plain_aims(
     return aims
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Moments behind the compressed prefix, of the samples fitted to and of those held out.
-
-    cross: E[t x~^T] with t the dense model's input x of this group, or, for the layer that closes
-    the block, the residual that is missing in the block's output while its weight is still dense.
-    closing: for that layer the block's output and the layer's input, per batch.
-    """
-
-    fit: Moments
-    fit_cross: CrossMoments
-    held_out: Moments
-    held_out_cross: CrossMoments
-    closing: list[tuple[Tensor, Tensor]] | None
-
-
-def _pair_moments(
-    replay: Replay, index: int, group: InputGroup, dense_inputs: Stream, dense_after: Stream, stream: Stream
-) -> _Pair:
-    last = group is replay.layout.blocks[index].groups[-1] and len(group.linears) == 1
-    closes = last and replay.adds_to_output(index, group.name, stream[0])
-    rows = group.linears[0].shape.out_features if closes else group.in_features
-    device = stream[0].device
-    parts = [
-        (Moments(group.in_features, device), CrossMoments(rows, group.in_features, device)) for _ in range(2)
-    ]
-    held_out = max(1, sum(len(hidden) for hidden in stream) // HELD_OUT)
-    first_held_out = sum(len(hidden) for hidden in stream) - held_out
-    seen = 0
-    closing: list[tuple[Tensor, Tensor]] = []
-    for batch, (hidden, dense_x, dense_y) in enumerate(zip(stream, dense_inputs, dense_after, strict=True)):
-        if closes:
-            y, inputs = replay.run_with_inputs(index, batch, hidden)
-            x, t = inputs[group.name], dense_y.float() - y.float()
-            closing.append((y, x))
-        else:
-            x, t = replay.input_of(index, group.name, batch, hidden), dense_x
-        # Some families flatten (samples, tokens) before their linears.
-        x, t = (z.reshape(len(hidden), -1, z.shape[-1]) for z in (x, t))
-        cut = min(max(first_held_out - seen, 0), len(hidden))
-        for (moments, cross), part in zip(parts, (slice(None, cut), slice(cut, None)), strict=True):
-            if len(x[part]):
-                moments.update_(x[part])
-                cross.update_(t[part], x[part])
-        seen += len(hidden)
-    (fit, fit_cross), (rest, rest_cross) = parts
-    return _Pair(fit, fit_cross, rest, rest_cross, closing if closes else None)
-
-
-def _propagated_aims(model: nn.Module, group: InputGroup, pair: _Pair) -> dict[str, _Aim]:
+def _propagated_aims(model: nn.Module, group: InputGroup, pair: Pair) -> dict[str, _Aim]:
     """Weights between W and W*, which make up for the prefix's errors, as far as held-out text agrees.
 
     The held-out error is quadratic along W + b (W* - W), so that each layer's best blend b has a closed
@@ -238,8 +224,8 @@ def _propagated_aims(model: nn.Module, group: InputGroup, pair: _Pair) -> dict[s
     W_OI = torch.cat([read_weight(model, spec) for spec in group.linears]).double()
 
     def target(gram_II: Tensor, cross: CrossMoments) -> Tensor:
-        own_OI = W_OI @ (cross.mean if pair.closing is None else gram_II)
-        return own_OI if pair.closing is None else own_OI + cross.mean
+        own_OI = W_OI @ (cross.mean if not pair.closes else gram_II)
+        return own_OI + cross.mean if pair.closes else own_OI
 
     moments, cross = pair.fit + pair.held_out, pair.fit_cross + pair.held_out_cross
     gram_II, fit_II, held_out_II = moments.gram, pair.fit.gram, pair.held_out.gram
@@ -249,9 +235,7 @@ def _propagated_aims(model: nn.Module, group: InputGroup, pair: _Pair) -> dict[s
     slopes_O = (step_OI * missing_OI).sum(1)
     full_OI = propagated_target(W_OI, gram_II, target(gram_II, cross))
     input_mean_I = moments.mean
-    target_mean_O = (
-        W_OI @ cross.target_mean if pair.closing is None else W_OI @ input_mean_I + cross.target_mean
-    )
+    target_mean_O = W_OI @ cross.target_mean if not pair.closes else W_OI @ input_mean_I + cross.target_mean
     aims, end = {}, 0
     for spec in group.linears:
         start, end = end, end + spec.shape.out_features
@@ -274,15 +258,19 @@ def _fit_layer(
     propagate: bool,
 ) -> Fitted:
     """Solve and pack one layer. Where layers behind it are fitted to what it gives, the weight it decodes to
-    goes into the model, the dense product being faster to run; otherwise the packed layer, which is smaller.
-    A layer left dense still takes the propagated weight.
+    goes into the model, the dense product being faster to run. A layer left dense still takes the
+    propagated weight.
     """
     plan, limit = purse.plan(spec.name), purse.limit(spec.name)
     if plan.is_dense:
         purse.pay(spec.name, plan.nbytes(curve.shape))
+        tensors = {}
         if aim.blend:
             exchange_weight(model, spec, aim.W_OI)
-        return Fitted(None, plan, 0.0, aim.blend, "dense")
+            weight = model.get_submodule(spec.name).weight
+            assert isinstance(weight, Tensor)
+            tensors["weight"] = weight.detach()
+        return Fitted(plan, 0.0, aim.blend, "dense", tensors=tensors)
 
     weight = model.get_submodule(spec.name).weight
     assert isinstance(weight, Tensor)
@@ -303,15 +291,13 @@ def _fit_layer(
     )
     purse.pay(spec.name, plan.nbytes(curve.shape))
     W_OI = packed.dense_weight(torch.float64).to(aim.W_OI.device)
-    packed.forget_codes()
     if propagate:
         exchange_weight(model, spec, W_OI)
         if bias_O is not None:
             model.get_submodule(spec.name).bias = nn.Parameter(bias_O.to(dtype), requires_grad=False)
-    else:
-        model.set_submodule(spec.name, packed)
     error = relative_error(aim.W_OI.float(), W_OI.float(), aim.gram_II.float())
-    return Fitted(packed, plan, error, aim.blend, found.status, found.history)
+    tensors = {name: parameter.detach() for name, parameter in packed.named_parameters()}
+    return Fitted(plan, error, aim.blend, found.status, found.history, packed.layout, tensors)
 
 
 def _within(
@@ -361,15 +347,3 @@ def _bias(
         shift_O = aim.target_mean_O - found.dense() @ aim.input_mean_I
         bias_O = shift_O if bias_O is None else bias_O + shift_O
     return bias_O
-
-
-def _dense_pass(replay: Replay, index: int, stream: Stream) -> tuple[dict[str, Stream], Stream]:
-    """Inputs of a block that is still dense, of every group that has one per token, and its output."""
-    inputs: dict[str, Stream] = {g.name: [] for g in replay.layout.blocks[index].groups if g.aligned}
-    after: Stream = []
-    for batch, hidden in enumerate(stream):
-        output, seen = replay.run_with_inputs(index, batch, hidden)
-        for name in inputs:
-            inputs[name].append(seen[name])
-        after.append(output)
-    return inputs, after

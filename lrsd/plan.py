@@ -5,10 +5,12 @@ from dataclasses import dataclass, field
 from torch import nn
 
 from lrsd.config import CompressionSettings
+from lrsd.curves import metric
 from lrsd.errors import BudgetError
 from lrsd.model.layout import exchange_weight, read_weight
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples, answer, distance, run_model
+from lrsd.model.streams import Stream
 from lrsd.numerics.allocate import (
     LayerCurve,
     Plan,
@@ -21,7 +23,8 @@ from lrsd.numerics.allocate import (
 from lrsd.numerics.quantize import feedback
 from lrsd.progress import Progress
 from lrsd.solve import solve_layer
-from lrsd.survey import HELD_OUT, Survey, has_codes, metric, needs_sensitivity
+from lrsd.storage.journal import Workspace
+from lrsd.survey import HELD_OUT, Survey, has_codes, needs_sensitivity
 
 # KL in nats per token below which a plan for codes is not fitted behind the compressed prefix: on
 # SmolLM2-135M at 4x propagation took twice the time of all the rest and lowered the perplexity from 26.83
@@ -36,6 +39,8 @@ _COMPARED_SAMPLES = 4
 # Least fraction of the average bytes that the allocation may leave a layer: sensitivities are
 # local, and a layer far below the average has an error they say nothing about.
 _FLOOR = 0.3
+# The step's name in the journal.
+PLAN_STEP = "plan"
 
 
 @dataclass(frozen=True)
@@ -60,13 +65,31 @@ def choose_plan(
     budget: int,
     settings: CompressionSettings,
     progress: Progress,
+    workspace: Workspace | None = None,
 ) -> Choice:
     """Share the budget among the layers, and decide on propagation.
 
     "auto" allocates by sensitivities as measured. Where these promise a small loss the promise holds:
     sensitivities are first-order. Otherwise equal shares are tried too, on held-out calibration text
     without propagation, and the better plan is kept.
+
+    Args: workspace: where the choice is kept, once made.
     """
+    workspace = Workspace() if workspace is None else workspace
+    if PLAN_STEP not in workspace:
+        workspace.finish(PLAN_STEP, _choose(replay, survey, samples, budget, settings, progress, workspace))
+    return workspace.read(PLAN_STEP, Choice)
+
+
+def _choose(
+    replay: Replay,
+    survey: Survey,
+    samples: Samples,
+    budget: int,
+    settings: CompressionSettings,
+    progress: Progress,
+    workspace: Workspace,
+) -> Choice:
     curves, sensitivity = survey.curves, survey.sensitivity
     floor = _FLOOR / settings.ratio
 
@@ -94,7 +117,9 @@ def choose_plan(
     progress.stage("compare plans", len(plans))
     compared = {}
     for name, plan in plans.items():
-        compared[name] = _held_out_divergence(replay, survey, samples, plan, settings)
+        aside = workspace.new_stream("approximations")
+        compared[name] = _held_out_divergence(replay, survey, samples, plan, settings, aside)
+        aside.drop()
         progress.step(name)
     best = min(compared, key=compared.__getitem__)
     return choice(best, plans[best], compared)
@@ -115,9 +140,17 @@ def _fixed_rank(curves: dict[str, LayerCurve], budget: int, rank: int) -> Plan:
 
 
 def _held_out_divergence(
-    replay: Replay, survey: Survey, samples: Samples, plan: Plan, settings: CompressionSettings
+    replay: Replay,
+    survey: Survey,
+    samples: Samples,
+    plan: Plan,
+    settings: CompressionSettings,
+    aside: Stream,
 ) -> float:
-    """KL(dense || planned) per token on the held-out samples, all layers fitted without propagation."""
+    """KL(dense || planned) per token on the held-out samples, all layers fitted without propagation.
+
+    aside: where the fitted weights are kept meanwhile.
+    """
     model = replay.model
     held_out = list(samples[-max(1, len(samples) // HELD_OUT) :][:_COMPARED_SAMPLES].split(1))
     originals: dict[str, nn.Parameter] = {}
@@ -133,7 +166,8 @@ def _held_out_divergence(
                 found = solve_layer(
                     read_weight(model, spec), gram_II, layer, curve, settings, carry=carry, alternate=False
                 )
-                originals[spec.name] = exchange_weight(model, spec, found.dense())
+                aside.append(found.dense().to(model.dtype))
+                originals[spec.name] = exchange_weight(model, spec, aside.mapped(len(aside) - 1))
     try:
         total = 0.0
         for sample, dense in zip(held_out, reference, strict=True):

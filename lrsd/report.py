@@ -15,11 +15,22 @@ if TYPE_CHECKING:
 
 
 def summary_lines(manifest: Manifest) -> list[str]:
-    """A few lines: ratios, bits, multiply-adds, time."""
+    """What came of it, and what it took."""
+    seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in manifest.seconds.items())
+    lines = result_lines(manifest)
+    if manifest.seconds:
+        lines.append(f"time            {seconds}")
+    if manifest.memory:
+        peak, predicted = manifest.memory["peak"], manifest.memory["predicted"]
+        lines.append(f"memory          {_mb(peak)} of the host's at most, {_mb(predicted)} predicted")
+    return lines
+
+
+def result_lines(manifest: Manifest) -> list[str]:
+    """A few lines: ratios, bits, multiply-adds."""
     kinds = _kinds(manifest)
     whole = manifest.settings.get("scope") == "checkpoint"
     kept = "embeddings and head in 8 bit" if whole else "embeddings, head and norms are kept"
-    seconds = ", ".join(f"{phase} {value:.0f} s" for phase, value in manifest.seconds.items())
     return [
         f"linear weights  {_mb(manifest.dense_linear_bytes)} -> {_mb(manifest.linear_bytes)}, "
         f"{manifest.ratio:.4g}x, {manifest.bits_per_weight:.3g} bits per weight",
@@ -28,16 +39,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
         f"dense {manifest.dense_macs_per_token / 1e6:.1f} M",
         f"layers          {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
         *_left_alone(manifest),
-        f"time            {seconds}",
-        *_memory(manifest),
     ]
-
-
-def _memory(manifest: Manifest) -> list[str]:
-    if not manifest.memory:
-        return []
-    peak, predicted = manifest.memory["peak"], manifest.memory["predicted"]
-    return [f"memory          {_mb(peak)} of the host's at most, {_mb(predicted)} predicted"]
 
 
 def _left_alone(manifest: Manifest) -> list[str]:
@@ -165,7 +167,7 @@ def plot_layers(manifest: Manifest, path: Path) -> None:
 
 def model_card(manifest: Manifest) -> str:
     """README.md of the checkpoint directory."""
-    lines = "\n".join(f"    {line}" for line in summary_lines(manifest))
+    lines = "\n".join(f"    {line}" for line in result_lines(manifest))
     calibration = manifest.calibration
     return f"""---
 base_model: {manifest.base_model}

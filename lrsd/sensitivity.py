@@ -79,23 +79,32 @@ class Probe:
     much as most layers do.
     """
 
-    def __init__(self, model: PreTrainedModel, layout: Layout, samples: Samples) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        layout: Layout,
+        samples: Samples,
+        start: int = 0,
+        before: Tensor | None = None,
+    ) -> None:
+        """start: the first block to measure; before: `behind` of the block in front of it."""
         self._samples = samples[:_SAMPLES].cut(_TOKENS)
         with in_float32(model, layout):
             self._replay = Replay.start(model, layout, [self._samples])
             self._index = 0
             self._before = self._replay.entering[0][0]
             self._reference = self._answer()
-            self._after = self._replay.run(0, 0, self._before)
+        self._enter(start, None if before is None else before.to(model.device, copy=True))
+
+    @property
+    def behind(self) -> Tensor:
+        """The hidden states behind the block that is measured."""
+        return self._after
 
     def advance(self) -> None:
         """Go on to the next block."""
-        self._index += 1
-        if self._index < len(self._replay.layout.blocks):
-            block = self._replay.layout.blocks[self._index]
-            self._before = self._replay.entering[block.stack][0] if block.leads else self._after
-            with self._widened_blocks():
-                self._after = self._replay.run(self._index, 0, self._before)
+        if self._index + 1 < len(self._replay.layout.blocks):
+            self._enter(self._index + 1, self._after)
 
     def measure(self, block: list[Perturbation]) -> dict[str, float]:
         """KL in nats per token per unit of relative error, by layer name."""
@@ -113,6 +122,15 @@ class Probe:
             perturbation.spec.name: per_token * change / total / perturbation.error
             for perturbation, change in zip(block, changes, strict=True)
         }
+
+    def _enter(self, index: int, before: Tensor | None) -> None:
+        block = self._replay.layout.blocks[index]
+        self._index = index
+        if block.leads or before is None:
+            before = self._replay.entering[block.stack][0]
+        self._before = before
+        with self._widened_blocks():
+            self._after = self._replay.run(index, 0, self._before)
 
     def _widened_blocks(self) -> AbstractContextManager[None]:
         return in_float32(self._replay.model, self._replay.layout, blocks_only=True)

@@ -22,6 +22,7 @@ from lrsd.fit import fit_blocks
 from lrsd.model.layout import find_layout
 from lrsd.model.load import LoadedModel, fingerprint, load_model
 from lrsd.model.replay import Replay
+from lrsd.model.streams import Stream
 from lrsd.numerics.allocate import dense_bytes
 from lrsd.numerics.moments import Moments
 from lrsd.plan import choose_plan
@@ -189,10 +190,11 @@ class SharedSurvey:
         with torch.inference_mode():
             self.samples = calibration_samples(bench.dense, identity, bench.calibration, Progress())
             replay = Replay.start(self.model, self.layout, self.samples.split(8))
-            stream = replay.entering[0]
+            before = replay.entering[0]
             for index in range(len(self.layout.blocks)):
-                found, stream = block_moments(replay, index, stream)
-                self.moments |= found
+                behind = Stream()
+                self.moments |= block_moments(replay, index, before, behind)
+                before = behind
 
     @torch.inference_mode()
     def run(self, name: str, settings: CompressionSettings, counted: float = 1.0) -> dict[str, Any]:

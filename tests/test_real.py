@@ -14,6 +14,7 @@ from lrsd.model.layout import find_layout, read_weight
 from lrsd.model.load import load_model
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
+from lrsd.model.streams import Stream
 from lrsd.numerics.lowrank import best_low_rank, pivot_factors, spectrum_errors
 from lrsd.numerics.solver import decompose, relative_error
 from lrsd.numerics.structured import fit_beside_columns, select_columns, split_columns
@@ -43,9 +44,11 @@ def layers() -> Layers:
         samples = Samples({"input_ids": tokens})
         layout = find_layout(loaded.model, samples)
         replay = Replay.start(loaded.model, layout, [samples])
-        stream = replay.entering[0]
+        before = replay.entering[0]
         for index, block in enumerate(layout.blocks[:3]):
-            moments, stream = block_moments(replay, index, stream)
+            behind = Stream()
+            moments = block_moments(replay, index, before, behind)
+            before = behind
             for group in block.groups:
                 gram_II = moments[group.name].gram
                 for spec in group.linears:

@@ -16,9 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lrsd.errors import InputError
 from lrsd.model.layout import Block, Layout
 from lrsd.model.samples import Samples, answer, run_model
-
-# Hidden states of a batch of samples, one tensor (batch, seqlen, width) per batch.
-Stream = list[Tensor]
+from lrsd.model.streams import Stream
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
@@ -43,34 +41,42 @@ class Replay:
     the model as it was at the start. calls: per batch, per block; shared by batches of one shape if the
     first two of them agree.
     entering: the hidden states that enter each stack's first block.
-    encoded: the encoder's output per batch, where there is one.
+    encoded: the encoder's output for the first batch, where there is one.
+    batch_sizes: samples per batch.
     """
 
     model: PreTrainedModel
     layout: Layout
     calls: tuple[list[_Call], ...]
     entering: tuple[Stream, ...]
-    encoded: Stream
+    encoded: Tensor | None
+    batch_sizes: tuple[int, ...]
 
     @staticmethod
-    def start(model: PreTrainedModel, layout: Layout, batches: Iterable[Samples]) -> "Replay":
+    def start(
+        model: PreTrainedModel,
+        layout: Layout,
+        batches: Iterable[Samples],
+        new_stream: Callable[[str], Stream] = lambda name: Stream(),
+    ) -> "Replay":
         """Raises: InputError if the model does something between two blocks, or runs one twice."""
         calls: list[list[_Call]] = []
-        entering: tuple[Stream, ...] = tuple([] for _ in range(layout.stacks))
-        encoded: Stream = []
+        entering = tuple(new_stream(f"entering-{stack}") for stack in range(layout.stacks))
+        encoded: Tensor | None = None
         by_shape: dict[Any, list[list[_Call]]] = {}
+        sizes: list[int] = []
         for samples in batches:
+            sizes.append(len(samples))
             alike = by_shape.setdefault(samples.shapes, [])
             shared = layout.stacks == 1 and len(alike) > 1 and _same(alike[0], alike[1])
             traced = _trace(model, layout, samples, only_entry=shared)
             for stream, hidden in zip(entering, traced.entering, strict=True):
                 stream.append(hidden)
-            if traced.encoded is not None:
-                encoded.append(traced.encoded)
+            encoded = traced.encoded if encoded is None else encoded
             calls.append(alike[0] if shared else traced.calls)
             if len(alike) < 2:
                 alike.append(traced.calls)
-        return Replay(model, layout, tuple(calls), entering, encoded)
+        return Replay(model, layout, tuple(calls), entering, encoded, tuple(sizes))
 
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.layout.blocks[index].name)
@@ -81,8 +87,10 @@ class Replay:
         output = self.block(index)(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def run_all(self, index: int, stream: Stream) -> Stream:
-        return [self.run(index, batch, hidden) for batch, hidden in enumerate(stream)]
+    def run_all(self, index: int, stream: Stream, into: Stream) -> None:
+        """Append the block's output for every batch."""
+        for batch, hidden in enumerate(stream):
+            into.append(self.run(index, batch, hidden))
 
     def run_with_inputs(self, index: int, batch: int, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Output of one block and the input of each of its groups, by group name.
@@ -134,7 +142,7 @@ class Replay:
         """
         more: dict[str, Any] = {}
         if self.layout.blocks[index].stack > 0:
-            more["encoder_outputs"] = BaseModelOutput(last_hidden_state=self.encoded[0])
+            more["encoder_outputs"] = BaseModelOutput(last_hidden_state=self.encoded)
         thinned = "logits_to_keep" in signature(self.model.forward).parameters
         if thinned:
             tokens = samples.inputs["input_ids"].shape[1]

@@ -1,8 +1,6 @@
 """A compressed model as a directory: written aside, synced, renamed; read back, checked, exported."""
 
 import hashlib
-import json
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -13,7 +11,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from transformers import PreTrainedTokenizerBase
 
 from lrsd.errors import CheckpointError, InputError
@@ -22,11 +19,14 @@ from lrsd.model.hf import LrsdConfig
 from lrsd.model.linear import LayerFormat, LowRankSparseLinear
 from lrsd.model.load import read_json
 from lrsd.numerics.allocate import Shape
+from lrsd.storage.files import PARTIAL, refusals, sync, write_json, write_tensors
+from lrsd.storage.records import decode
 
 MANIFEST_NAME = "lrsd.json"
 MANIFEST_VERSION = 1
 RECIPE_NAME = "recipe.json"
 CARD_NAME = "README.md"
+RUN_NAME = "run.json"
 
 
 @dataclass(frozen=True)
@@ -63,8 +63,9 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """lrsd.json: what was done, to what, and what it cost. files: SHA-256 of every file beside it, but the
-    model card, which people edit."""
+    """lrsd.json: what was done, to what, and what came of it. files: SHA-256 of every file beside it, but the
+    model card, which people edit. seconds by phase and memory in bytes differ from run to run: they are kept
+    apart, in run.json."""
 
     base_model: str
     base_fingerprint: str
@@ -85,12 +86,12 @@ class Manifest:
     allocation_chosen: str
     expected_kl: float | None
     propagated: bool
-    seconds: dict[str, float]
     layers: dict[str, LayerRecord]
-    memory: dict[str, int] = field(default_factory=dict)
     files: dict[str, str] = field(default_factory=dict)
     model_class: str = "AutoModelForCausalLM"
     untouched: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
     version: int = field(default=MANIFEST_VERSION)
 
 
@@ -106,25 +107,26 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(
             f"{path} has version {content.get('version')}, this lrsd reads {MANIFEST_VERSION}"
         )
+    if (directory / RUN_NAME).is_file():
+        content |= read_json(directory / RUN_NAME)
     try:
-        layers = {
-            name: LayerRecord(**{**layer, "history": tuple(layer["history"])})
-            for name, layer in content.pop("layers").items()
-        }
-        return Manifest(layers=layers, **content)
-    except (TypeError, KeyError, AttributeError) as error:
+        return decode(Manifest, content)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a complete lrsd manifest: {error}") from error
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:
-    (directory / MANIFEST_NAME).write_text(json.dumps(asdict(manifest), indent=1) + "\n", encoding="utf-8")
+    """lrsd.json and run.json. Raises: StorageError."""
+    content = asdict(manifest)
+    write_json(directory / RUN_NAME, {name: content.pop(name) for name in ("seconds", "memory")})
+    write_json(directory / MANIFEST_NAME, content)
 
 
 def digests(directory: Path) -> dict[str, str]:
     """SHA-256 by name of the files that a manifest vouches for."""
     found = {}
     for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name not in (MANIFEST_NAME, CARD_NAME):
+        if path.is_file() and path.name not in (MANIFEST_NAME, RUN_NAME, CARD_NAME):
             with path.open("rb") as file:
                 found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
@@ -164,32 +166,27 @@ def new_directory(target: Path) -> Iterator[Path]:
     """A directory that appears under its name only when complete: written aside, synced, renamed."""
     require_free(target)
     target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=".partial", dir=target.parent))
+    with refusals(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
     try:
         yield aside
-        for path in (*aside.rglob("*"), aside):
-            _sync(path)
-        aside.chmod(0o755)
-        if target.exists():
-            target.rmdir()
-        aside.rename(target)
-        _sync(target.parent)
-    except SafetensorError as error:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise CheckpointError(f"cannot write {target}: {error}") from error
+        publish(aside, target)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
 
 
-@contextmanager
-def scratch_directory(target: Path) -> Iterator[Path]:
-    """A directory beside the output, on the same disk, removed when the work is over."""
-    target = target.absolute()
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", suffix=".scratch", dir=target.parent) as path:
-        yield Path(path)
+def publish(written: Path, target: Path) -> None:
+    """Sync a directory and let it appear under another name. Raises: StorageError."""
+    with refusals(target):
+        for path in (*written.rglob("*"), written):
+            sync(path)
+        written.chmod(0o755)
+        if target.exists():
+            target.rmdir()
+        written.rename(target)
+        sync(target.absolute().parent)
 
 
 def stored_bytes(directory: Path, layers: dict[str, Any] | None = None) -> int:
@@ -259,24 +256,25 @@ def export_dense(
     with new_directory(target) as aside:
         for shard, name in files.items():
             tensors = _dense_tensors(owners, shard, formats, packed, progress)
-            save_file(tensors, aside / name, metadata={"format": "pt"})
+            write_tensors(aside / name, tensors, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.nbytes for tensor in tensors.values())
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            (aside / "model.safetensors.index.json").write_text(json.dumps(index, indent=1) + "\n")
-        (aside / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            write_json(aside / "model.safetensors.index.json", index)
+        write_json(aside / "config.json", config)
         for path in directory.iterdir():
             if (
                 path.suffix not in {".safetensors", ".md"}
                 and path.name not in _PACKED_ONLY
                 and path.is_file()
             ):
-                shutil.copy2(path, aside / path.name)
+                with refusals(aside):
+                    shutil.copy2(path, aside / path.name)
     return total
 
 
-_PACKED_ONLY = {"config.json", MANIFEST_NAME, RECIPE_NAME, "model.safetensors.index.json"}
+_PACKED_ONLY = {"config.json", MANIFEST_NAME, RUN_NAME, RECIPE_NAME, "model.safetensors.index.json"}
 
 
 def _dense_tensors(
@@ -377,11 +375,3 @@ def _read_packed(layer: str, layout: LayerFormat, owners: dict[str, Path]) -> Lo
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"layer {layer} does not match its entry in config.json: {error}") from error
     return packed
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,6 +27,7 @@ from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
+from lrsd.model.streams import Stream
 from lrsd.progress import Progress
 from lrsd.storage.checkpoint import read_manifest, shard_paths
 
@@ -234,7 +235,9 @@ def test_blocks_that_are_told_the_tokens_are_replayed_with_their_own(tokenizer, 
         replay = Replay.start(model, layout, batches)
         stream = replay.entering[0]
         for index in range(2):
-            stream = replay.run_all(index, stream)
+            behind = Stream()
+            replay.run_all(index, stream, into=behind)
+            stream = behind
         for samples, hidden in zip(batches, stream, strict=True):
             expected = model(**samples.inputs).logits
             torch.testing.assert_close(model.lm_head(model.transformer.ln_f(hidden)), expected)

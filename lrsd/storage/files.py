@@ -1,0 +1,70 @@
+"""Files that are there whole or not at all: written aside, synced, renamed, and the directory synced."""
+
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lrsd.errors import StorageError
+
+PARTIAL = ".partial"
+
+
+@contextmanager
+def written(path: Path) -> Iterator[Path]:
+    """Write to the path given; when the context ends the file is on disk under `path`, else nothing is.
+
+    Raises: StorageError if the disk is full or refuses.
+    """
+    aside = path.with_name(path.name + PARTIAL)
+    with refusals(path):
+        try:
+            yield aside
+            sync(aside)
+            aside.replace(path)
+            sync(path.parent)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    """A safetensors file. Raises: StorageError."""
+    with written(path) as aside:
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, aside, metadata=metadata)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Raises: StorageError."""
+    with written(path) as aside:
+        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def refusals(path: Path) -> Iterator[None]:
+    """What the system and safetensors say of a disk that does not take what is written to `path`.
+
+    Raises: StorageError for any of it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise StorageError(
+            f"cannot write {path}: {reason}; free some space or choose another disk"
+        ) from error
+
+
+def sync(path: Path) -> None:
+    """Have a file's content, or a directory's entries, on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,353 @@
+"""Stopped at any moment and resumed, a run ends as if nothing had happened; it goes on with nothing else."""
+
+import errno
+import json
+import os
+import random
+import re
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from io import FileIO
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lrsd.compress import compress
+from lrsd.config import CalibrationSettings, CompressionSettings
+from lrsd.errors import InputError, LrsdError, StorageError
+from lrsd.storage import files, journal
+from lrsd.storage.journal import JOURNAL, Journal, partial_directory
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+# With propagation every part of the work writes: moments, both streams, a block's own inputs, packed layers.
+SETTINGS = CompressionSettings(ratio=4, propagate=True, batch=4)
+SAMPLES = 8
+
+Run = Callable[..., dict[str, bytes]]
+
+
+@pytest.fixture
+def run(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> Run:
+    """Compress into one place; returns the files written, without those of time and memory."""
+
+    def start(model: Path = tiny_model_dir, text: Path = text_file, **changes: Any) -> dict[str, bytes]:
+        resume, settings = changes.pop("resume", True), changes.pop("settings", SETTINGS)
+        calibration = CalibrationSettings(source=str(text), **{"samples": SAMPLES, "seqlen": 32} | changes)
+        output = tmp_path / "work" / "out"
+        compress(str(model), output, settings, calibration, resume=resume)
+        assert not partial_directory(output).exists()
+        found = {path.name: path.read_bytes() for path in output.iterdir() if path.name != "run.json"}
+        for path in output.iterdir():
+            path.unlink()
+        return found
+
+    return start
+
+
+@pytest.fixture
+def partial(tmp_path: Path) -> Path:
+    return partial_directory(tmp_path / "work" / "out")
+
+
+# --- killed -----------------------------------------------------------------------------------------
+
+
+def kill_test(model: Path, text: Path, place: Path) -> Any:
+    from kill_test import KillTest
+
+    size = ["--samples", str(SAMPLES), "--seqlen", "32", "--batch", "4", "--propagate"]
+    return KillTest([str(model), "--ratio", "4x", "--calib", str(text), *size], place)
+
+
+def test_killed_at_every_journal_line_it_ends_byte_identical(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    from kill_test import journal_kills
+
+    test = kill_test(tiny_model_dir, text_file, tmp_path)
+    journal_kills(test)
+    # Header, text, two blocks surveyed, plan, two blocks fitted, written; three times each.
+    assert sum(test.kills.values()) == 8 * 3
+
+
+def test_killed_at_random_moments_and_at_writes_it_ends_byte_identical(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """The short version of `scripts/kill_test.py`."""
+    from kill_test import boundary_kills, random_kills
+
+    test = kill_test(tiny_model_dir, text_file, tmp_path)
+    random_kills(test, 10, random.Random(0))
+    boundary_kills(test, tmp_path, stride=23)
+    assert sum(test.kills.values()) >= 15
+
+
+# --- stopped ----------------------------------------------------------------------------------------
+
+
+class Faults:
+    """Does something at the write of a given number: of a tensor file, a text, a journal line, a sync."""
+
+    def __init__(self, patch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
+        self.left = 0
+        self._fault = fault
+        for module in (files, journal):
+            patch.setattr(module, "save_file", self._before(files.save_file))
+        patch.setattr("transformers.modeling_utils.safe_save_file", self._before(save_file))
+        patch.setattr(Path, "write_text", self._before(Path.write_text))
+        patch.setattr(os, "fsync", self._before(os.fsync))
+        patch.setattr(journal, "FileIO", self._torn())
+
+    def _before(self, write: Callable[..., Any]) -> Callable[..., Any]:
+        def faulty(*arguments: Any, **named: Any) -> Any:
+            self.count()
+            return write(*arguments, **named)
+
+        return faulty
+
+    def _torn(self) -> type[FileIO]:
+        faults = self
+
+        class Torn(FileIO):
+            def write(self, content: Any) -> int:
+                try:
+                    faults.count()
+                except OSError:
+                    super().write(content[: len(content) // 2])
+                    raise
+                return super().write(content)
+
+        return Torn
+
+    def count(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            self._fault()
+
+
+def full_disk() -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_at_any_write_loses_nothing(
+    run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Session n ends at its nth write; each says so, and the last one ends as if nothing had happened."""
+    expected = run()
+    said: list[str] = []
+    with monkeypatch.context() as patch:
+        faults = Faults(patch, full_disk)
+        while True:
+            faults.left = len(said) + 1
+            before = finished(partial)
+            try:
+                found = run()
+                break
+            except StorageError as error:
+                said.append(f"{error}; {'; '.join(getattr(error, '__notes__', []))}")
+            assert finished(partial)[: len(before)] == before
+    assert found == expected
+    assert len(said) > 10
+    assert all(re.match(r"cannot write .*: No space left on device; free some space", line) for line in said)
+    assert "--resume" in said[-1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_any_write_loses_nothing(
+    run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    expected = run()
+    stopped = 0
+    previous = signal.signal(number, _stop)
+    try:
+        with monkeypatch.context() as patch:
+            faults = Faults(patch, lambda: os.kill(os.getpid(), number))
+            while True:
+                # Every second session is stopped at once, the others later and later.
+                faults.left = 1 if stopped % 2 else stopped + 1
+                try:
+                    found = run()
+                    break
+                except KeyboardInterrupt:
+                    stopped += 1
+    finally:
+        signal.signal(number, previous)
+    assert found == expected
+    assert stopped > 10
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def finished(partial: Path) -> list[str]:
+    if not (partial / JOURNAL).exists():
+        return []
+    lines = (partial / JOURNAL).read_text().split("\n")[1:-1]
+    return [json.loads(line)["step"] for line in lines]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_the_command_says_how_to_go_on(
+    number: signal.Signals, code: int, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    program = f"""
+import os, signal, sys
+from lrsd.storage.journal import Workspace
+from lrsd.storage import journal
+signal.signal(signal.SIGINT, signal.default_int_handler)
+finish = journal.Journal.finish
+def stop(self, step, *arguments, **named):
+    finish(self, step, *arguments, **named)
+    if step == "survey-0001" and "--resume" not in sys.argv:
+        os.kill(os.getpid(), {int(number)})
+journal.Journal.finish = stop
+from lrsd_cli.main import main
+main()
+"""
+    options = ["--ratio", "4x", "--calib", str(text_file), "--samples", "8", "--seqlen", "32"]
+    command = [sys.executable, "-c", program, "compress", str(tiny_model_dir), *options, "-o", "out"]
+    stopped = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert (stopped.returncode, stopped.stdout) == (code, "")
+    said = stopped.stderr.splitlines()[-1]
+    assert said.endswith(
+        f"finished work is kept in {tmp_path / 'out.partial'}; the same command with --resume goes on"
+    )
+    assert said.startswith({130: "interrupted; ", 143: "terminated; "}[code])
+
+    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert again.returncode == 1
+    assert "add --resume" in again.stderr
+    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+# --- resumed with something else ----------------------------------------------------------------------
+
+
+@pytest.fixture
+def stopped(run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """A run that was stopped after the survey; its finished steps."""
+    with monkeypatch.context() as patch:
+        patch.setattr("lrsd.compress.fit_blocks", lambda *arguments: _stop(0, None))
+        with pytest.raises(KeyboardInterrupt):
+            run(resume=False)
+    steps = finished(partial)
+    assert steps == ["text", "survey-0000", "survey-0001", "plan"]
+    return steps
+
+
+def other_model(model: Path, place: Path) -> Path:
+    """One weight more in the middle of a matrix, which no sample of a few values would notice."""
+    place.mkdir()
+    for path in model.iterdir():
+        (place / path.name).write_bytes(path.read_bytes())
+    tensors = load_file(place / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"][77, 33] += 1
+    save_file(tensors, place / "model.safetensors", {"format": "pt"})
+    return place
+
+
+@pytest.mark.usefixtures("stopped")
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        (
+            {"settings": CompressionSettings(ratio=3, propagate=True, batch=4)},
+            r"recipe.ratio was '4x', is '3x'",
+        ),
+        ({"settings": CompressionSettings(ratio=4, batch=4)}, "recipe.propagate was True, is None"),
+        ({"seed": 1}, "recipe.seed was 0, is 1"),
+        ({"samples": 9}, "recipe.samples was 8, is 9"),
+    ],
+)
+def test_another_recipe_is_refused_by_name(run: Run, partial: Path, changes: Any, field: str) -> None:
+    before = finished(partial)
+    with pytest.raises(InputError, match=field):
+        run(**changes)
+    assert finished(partial) == before
+
+
+@pytest.mark.usefixtures("stopped")
+def test_another_model_text_or_environment_is_refused_by_name(
+    run: Run,
+    partial: Path,
+    tiny_model_dir: Path,
+    text_file: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = finished(partial)
+    with pytest.raises(InputError, match="model was"):
+        run(model=other_model(tiny_model_dir, tmp_path / "other"))
+    with monkeypatch.context() as patch:
+        patch.setattr("lrsd.compress.version", lambda package: "99.0")
+        with pytest.raises(InputError, match=r"environment\.lrsd was '0.1.0', is '99.0'"):
+            run()
+    torch.set_num_threads(2)
+    try:
+        with pytest.raises(InputError, match=r"environment\.threads was '1', is '2'"):
+            run()
+    finally:
+        torch.set_num_threads(1)
+    text = text_file.read_text()
+    try:
+        text_file.write_text(text + ".")
+        with pytest.raises(InputError, match="text was"):
+            run()
+    finally:
+        text_file.write_text(text)
+    assert finished(partial) == before
+
+
+def test_unfinished_work_is_neither_overwritten_nor_shared(
+    run: Run, stopped: list[str], partial: Path
+) -> None:
+    with pytest.raises(InputError, match="add --resume"):
+        run(resume=False)
+    held = Journal(partial)
+    with pytest.raises(InputError, match="another lrsd is at work"):
+        run()
+    held.close()
+    assert finished(partial) == stopped
+
+
+def test_a_resumed_run_reads_neither_text_nor_surveys_again(
+    run: Run, stopped: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def again(*arguments: object) -> None:
+        raise AssertionError("finished work is done again")
+
+    monkeypatch.setattr("lrsd.compress.calibration_samples", again)
+    monkeypatch.setattr("lrsd.survey.block_moments", again)
+    monkeypatch.setattr("lrsd.plan._choose", again)
+    assert "model.safetensors" in run()
+
+
+@pytest.mark.parametrize("damage", ["survey-0001.safetensors", JOURNAL])
+def test_damaged_work_is_named(run: Run, stopped: list[str], partial: Path, damage: str) -> None:
+    content = (partial / damage).read_bytes()
+    (partial / damage).write_bytes(content[: len(content) // 2] + b"\n")
+    with pytest.raises(LrsdError, match=damage.removesuffix(".safetensors")):
+        run()
+
+
+def test_a_directory_in_the_way_is_left_alone(run: Run, partial: Path) -> None:
+    partial.mkdir(parents=True)
+    (partial / "thesis.txt").write_text("years of work")
+    with pytest.raises(InputError, match="in the way"):
+        run()
+    assert [path.name for path in partial.iterdir()] == ["thesis.txt"]
+
+
+def test_work_that_would_end_the_same_is_not_kept(run: Run, partial: Path) -> None:
+    with pytest.raises(LrsdError, match="ratio"):
+        run(settings=CompressionSettings(ratio=1000))
+    assert not partial.exists()
