@@ -123,7 +123,11 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
         recipe = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
     except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
         raise click.BadParameter(f"{path} is neither TOML nor JSON: {error}") from error
-    known = {p.name for p in context.command.params if p.name not in ("model", "output", "recipe", "resume")}
+    known = {
+        p.name
+        for p in context.command.params
+        if p.name not in ("model", "output", "recipe", "resume", "memory")
+    }
     unknown = sorted(set(recipe) - known) if isinstance(recipe, dict) else ["(no table at the top)"]
     if unknown:
         raise click.BadParameter(
@@ -265,6 +269,12 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     help="TOML or JSON file with any of these settings; OUTPUT/recipe.json is one.",
 )
 @click.option(
+    "--memory",
+    metavar="SIZE",
+    help="Memory that this may take, e.g. 4GiB; weights that do not fit are read from their files in turns.  "
+    "[default: the machine's]",
+)
+@click.option(
     "--resume",
     is_flag=True,
     help="Go on with what an earlier run of the same command has finished, kept in OUTPUT.partial; the "
@@ -275,6 +285,7 @@ def compress(
     model: str,
     output: Path | None,
     dry_run: bool,
+    memory: str | None,
     resume: bool,
     as_json: bool,
     recipe: Path | None,
@@ -292,16 +303,18 @@ def compress(
 
     from lrsd.compress import compress as run
     from lrsd.compress import dry_run as plan_only
+    from lrsd.config import parse_size
     from lrsd.report import plan_table, summary_lines
 
     settings, calibration = _settings(options)
     progress = make_progress()
+    allowed = None if memory is None else parse_size(memory)
     if dry_run:
-        prepared = plan_only(model, settings, calibration, progress)
+        prepared = plan_only(model, settings, calibration, progress, memory=allowed)
         click.echo(json.dumps(prepared.to_dict(), indent=1) if as_json else plan_table(prepared))
         return
     assert output is not None
-    manifest = run(model, output, settings, calibration, progress, resume=resume)
+    manifest = run(model, output, settings, calibration, progress, resume=resume, memory=allowed)
     click.echo(
         json.dumps(asdict(manifest), indent=1)
         if as_json

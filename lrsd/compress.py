@@ -18,7 +18,7 @@ from lrsd.config import CalibrationSettings, CompressionSettings, plain, recipe
 from lrsd.data import calibration_samples, example, text_identity
 from lrsd.errors import BudgetError, InputError, LrsdError
 from lrsd.fit import Fitted, fit_blocks
-from lrsd.memory import current_rss, peak_rss, predicted_peak
+from lrsd.memory import allowed_memory, peak_rss
 from lrsd.model.embedding import embedding_names, pack_embeddings, packed_bytes
 from lrsd.model.experts import unfuse_experts
 from lrsd.model.hf import mark_packed
@@ -35,6 +35,7 @@ from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
 from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, dense_bytes, plan_bytes
 from lrsd.plan import PLAN_STEP, Choice, choose_plan
+from lrsd.preflight import Needs, Residence, predict, require
 from lrsd.progress import Progress
 from lrsd.report import model_card
 from lrsd.storage.checkpoint import (
@@ -48,6 +49,7 @@ from lrsd.storage.checkpoint import (
     require_free,
     stored_bytes,
     write_manifest,
+    write_model,
 )
 from lrsd.storage.files import refusals, sync, write_json
 from lrsd.storage.journal import Journal, partial_directory
@@ -86,6 +88,7 @@ def compress(
     progress: Progress | None = None,
     *,
     resume: bool = False,
+    memory: int | None = None,
 ) -> Manifest:
     """Compress the model at `source` into the new directory `output`.
 
@@ -94,14 +97,14 @@ def compress(
     beside `output` meanwhile.
 
     Args: resume: go on with what an earlier run of the same command has finished, if there is anything;
-        the result is the same, byte by byte.
+        the result is the same, byte by byte; memory: bytes of it allowed, all of the machine's by default.
     Raises: LrsdError; nothing is left at `output` then.
     """
     progress, clock = progress or Progress(), Clock()
     with work_towards(output, resume) as journal, torch.inference_mode():
         if WRITTEN not in journal:
             require_free(output)
-            prepared = prepare(source, settings, calibration, progress, clock, journal)
+            prepared = prepare(source, settings, calibration, progress, clock, journal, memory)
             fitted = fit_blocks(
                 prepared.replay,
                 prepared.survey,
@@ -165,7 +168,7 @@ class Prepared:
     choice: Choice
     budget: int
     checkpoint_bytes: int
-    memory_bytes: int
+    needs: Needs
     seconds: dict[str, float]
 
     @property
@@ -188,7 +191,8 @@ class Prepared:
             "propagate": self.choice.propagate,
             "seconds": self.seconds,
             "remaining_seconds": self.remaining_seconds,
-            "predicted_memory_bytes": self.memory_bytes,
+            "predicted_memory_bytes": self.needs.memory,
+            "predicted_disk_bytes": self.needs.disk,
             "layers": {
                 name: {**asdict(layer), "bytes": layer.nbytes(self.curves[name].shape)}
                 for name, layer in self.choice.plan.items()
@@ -201,6 +205,8 @@ def dry_run(
     settings: CompressionSettings,
     calibration: CalibrationSettings,
     progress: Progress | None = None,
+    *,
+    memory: int | None = None,
 ) -> Prepared:
     """Survey and allocate only; nothing is left on disk."""
     with (
@@ -208,7 +214,7 @@ def dry_run(
         closing(Journal(Path(scratch))) as journal,
         torch.inference_mode(),
     ):
-        return prepare(source, settings, calibration, progress or Progress(), Clock(), journal)
+        return prepare(source, settings, calibration, progress or Progress(), Clock(), journal, memory)
 
 
 def prepare(
@@ -218,6 +224,7 @@ def prepare(
     progress: Progress,
     clock: Clock,
     journal: Journal,
+    memory: int | None = None,
 ) -> Prepared:
     """Load, read calibration text, survey, allocate; the last three where the journal does not have them."""
     journal.claim(recipe=recipe(settings, calibration), environment=environment(settings))
@@ -226,10 +233,12 @@ def prepare(
         if getattr(loaded.model, "is_quantized", False):
             raise InputError(f"{source} is already compressed; compress the dense model it was made from")
         unfuse_experts(loaded.model)
+        limit = allowed_memory() if memory is None else memory
+        residence = Residence(loaded.model, limit)
         layout = find_layout(loaded.model, example(loaded), settings.selection)
-        for name, parameter in loaded.model.named_parameters():
-            check_finite(name, parameter)
-        identity = fingerprint(loaded.model)
+        for name, weight in residence.passing():
+            check_finite(name, weight)
+        identity = fingerprint(residence.passing())
         linear = sum(spec.shape.dense_bytes for spec in layout.linears.values())
         budget = linear_budget(loaded.model, linear, settings)
         # From here on the ratio is that of the linear weights, whatever it was asked of.
@@ -239,18 +248,20 @@ def prepare(
     if TEXT_STEP not in journal:
         journal.finish(TEXT_STEP, calibration_samples(loaded, identity, calibration, progress))
     samples = journal.read(TEXT_STEP, Samples)
-    in_memory = current_rss()
+    needs = predict(loaded.model, layout, samples, settings, residence, budget)
+    progress.note(
+        f"needs about {needs.memory / 1e9:.2f} GB of memory, {needs.disk / 1e9:.2f} GB of disk"
+        + "; weights are read from their files in turns" * residence.in_turns
+    )
+    require(needs, journal.directory, limit)
     batches = samples.split(settings.batch)
-    replay = Replay.start(loaded.model, layout, batches, journal.new_stream)
+    replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.give_back)
     progress.stage("survey", len(layout.blocks))
     survey = survey_model(replay, samples, settings, progress.step, journal)
     choice = choose_plan(replay, survey, samples, budget, settings, progress, journal)
-    memory = predicted_peak(
-        loaded.model, layout, samples, settings.batch, propagate=choice.propagate, loaded=in_memory
-    )
     whole = checkpoint_bytes(loaded.model)
     return Prepared(
-        loaded, identity, samples, replay, survey, choice, budget, whole, memory, spent(clock, journal)
+        loaded, identity, samples, replay, survey, choice, budget, whole, needs, spent(clock, journal)
     )
 
 
@@ -306,7 +317,7 @@ def write_checkpoint(
         if directory.exists():  # of a run that was stopped while it wrote
             shutil.rmtree(directory)
         directory.mkdir()
-        loaded.model.save_pretrained(directory, max_shard_size=settings.shard_size)
+        write_model(loaded.model, directory, settings.shard_size)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(directory)
         copy_processor(loaded.source, directory)
@@ -337,7 +348,7 @@ def write_checkpoint(
         model_class=type(loaded.model).__name__,
         untouched=prepared.replay.layout.untouched,
         seconds={phase: round(seconds, 2) for phase, seconds in spent(clock, journal).items()},
-        memory={"predicted": prepared.memory_bytes, "peak": peak_rss()},
+        memory={"predicted": prepared.needs.memory, "peak": peak_rss()},
     )
     write_manifest(directory, manifest)
     with refusals(directory):

@@ -168,6 +168,15 @@ def parse_ratio(text: str) -> float:
     return value
 
 
+def parse_size(text: str) -> int:
+    """ "4GiB", "500MB" or "2G" in bytes; GB are 10^9, GiB and G 2^30. Raises: SettingsError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])(i?B)?\s*", text)
+    if not match or float(match[1]) == 0:
+        raise SettingsError(f"a size must look like 4GiB, 500MB or 2G, got {text!r}")
+    base = 1000 if match[3] == "B" else 1024
+    return int(float(match[1]) * base ** ("KMGT".index(match[2]) + 1))
+
+
 def _at_least(name: str, value: int, least: int) -> None:
     if value < least:
         raise SettingsError(f"{name} must be at least {least}, got {value}")

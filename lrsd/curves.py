@@ -213,4 +213,4 @@ def truncated(
     rank = plan.rank if plan is not None and plan.rank is not None else 1
     rank = min(rank, min(W_OI.shape) - 1)
     U_OR = whole.basis_OR[:, :rank]
-    return Perturbation(spec, U_OR @ (U_OR.T @ W_OI), float(curve.supports[0].errors_R[rank]))
+    return Perturbation(spec, (U_OR @ (U_OR.T @ W_OI)).float(), float(curve.supports[0].errors_R[rank]))

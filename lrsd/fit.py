@@ -102,10 +102,10 @@ def fit_blocks(
         else:
             for name, layer in workspace.read(step, FittedBlock).layers.items():
                 purse.pay(name, layer.plan.nbytes(survey.curves[name].shape))
+        replay.finished(replay.block(index))
         for name, layer in workspace.read(step, FittedBlock).layers.items():
             fitted[name] = layer
             layer.install(replay.model, linears[name])
-        release_freed()
         progress.step(block.name)
     return fitted
 

@@ -1,61 +1,19 @@
-"""How much memory a compression takes: predicted before, measured after; and freed memory handed back."""
+"""Memory of this process: how much it holds and may hold, and giving back what it no longer uses."""
 
 import ctypes
+import re
 import resource
 import sys
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor
 
-from lrsd.model.layout import Layout
-from lrsd.model.samples import Samples
-from lrsd.sensitivity import PROBE_LOGITS
-
-# Streams of hidden states held at once: entering block 0, entering this block, leaving it; with propagation
-# a dense and a compressed pair.
-_STREAMS = {False: 3, True: 4}
-# Square float64 matrices of a group's width held at once while its layers are solved: G, its parts, a
-# factor and an inverse; and weights in float64 or twice in float32.
-_SQUARES, _WEIGHTS = 5, 4
-# Float32 copies of a probe's logits: log-probabilities of the dense model, of the perturbed one, and a
-# temporary.
-_LOGITS = 3
-
-
-def predicted_peak(
-    model: nn.Module, layout: Layout, samples: Samples, batch: int, *, propagate: bool, loaded: int
-) -> int:
-    """Bytes in memory at the worst moment: those `loaded` with the model in memory, the cache of hidden
-    states, and the largest working set, that of a block's replay and moments, of a layer's solver, or
-    of a probe, which widens the head to float32.
-    """
-    parameters = list(model.parameters())
-    value = parameters[0].element_size()
-    cache = _STREAMS[propagate] * samples.positions * layout.stream_width * value
-    largest = max(parameter.numel() for parameter in parameters)
-    working = [4 * (largest + _LOGITS * PROBE_LOGITS * _vocabulary(model))]
-    replayed = samples[:batch].positions
-    for block in layout.blocks:
-        widths = [group.in_features for group in block.groups]
-        outputs = [spec.shape.out_features for group in block.groups for spec in group.linears]
-        moments = 8 * sum(width**2 for width in widths)
-        working.append(
-            moments + replayed * (value * (sum(widths) + sum(outputs)) + 4 * max(widths, default=0))
-        )
-        for group in block.groups:
-            layer = group.in_features * max(spec.shape.out_features for spec in group.linears)
-            working.append(moments + 8 * (_SQUARES * group.in_features**2 + _WEIGHTS * layer))
-    if propagate:
-        # Inputs of a block's groups on all samples, and fitted weights beside the file that is mapped.
-        cache += samples.positions * value * max(sum(g.in_features for g in b.groups) for b in layout.blocks)
-        cache += sum(spec.shape.dense_bytes for spec in layout.linears.values())
-    return max(peak_rss(), loaded + cache + max(working))
-
-
-def _vocabulary(model: nn.Module) -> int:
-    head = getattr(model, "get_output_embeddings", lambda: None)()
-    return head.weight.shape[0] if head is not None else 0
+_MADV_DONTNEED = 4
+_M_MMAP_THRESHOLD = -3
+# Bytes from which a tensor is a large one.
+_LARGE = 2**20
 
 
 def peak_rss() -> int:
@@ -72,6 +30,14 @@ def current_rss() -> int:
         return peak_rss()
 
 
+def allowed_memory() -> int | None:
+    """Bytes that this process may hold: the machine's, or less where a control group or ulimit -d says so."""
+    limits = [resource.getrlimit(resource.RLIMIT_DATA)[0], *_cgroup_limits()]
+    if match := re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo")):
+        limits.append(1024 * int(match[1]))
+    return min((limit for limit in limits if limit >= 0), default=None)
+
+
 def release_freed() -> None:
     """Give freed memory back to the system, where the C library keeps it (glibc): a block's worth of
     matrices otherwise stays with the process, several times over."""
@@ -79,8 +45,76 @@ def release_freed() -> None:
         trim(0)
 
 
+def give_back_large() -> None:
+    """Have the C library (glibc) give every large tensor back to the system as soon as it is freed, where
+    otherwise it learns to keep them: costs time, but leaves no holes between them."""
+    if sys.platform.startswith("linux") and hasattr(_libc(), "mallopt"):
+        _libc().mallopt(_M_MMAP_THRESHOLD, _LARGE)
+
+
+class MappedFiles:
+    """Tensors that are mapped from files and were never written to: their memory can be given back at any
+    time, since it is read from the file again when it is next used. Linux only; elsewhere there are none.
+    """
+
+    def __init__(self) -> None:
+        """The mappings of this moment."""
+        self._ranges = list(_clean_mappings()) if sys.platform.startswith("linux") else []
+
+    def __contains__(self, tensor: Tensor) -> bool:
+        if tensor.device.type != "cpu" or tensor.is_meta:
+            return False
+        start, stop = tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+        return any(low <= start and stop <= high for low, high in self._ranges)
+
+    def pages(self, tensors: Iterable[Tensor]) -> list[tuple[int, int]]:
+        """Start and length of the whole pages of those tensors that are mapped."""
+        page, found = resource.getpagesize(), []
+        for tensor in tensors:
+            start = -(-tensor.data_ptr() // page) * page
+            stop = (tensor.data_ptr() + tensor.nbytes) // page * page
+            if tensor in self and stop > start:
+                found.append((start, stop - start))
+        return found
+
+    @staticmethod
+    def release(pages: Iterable[tuple[int, int]]) -> None:
+        """Give the memory of these pages back."""
+        for start, length in pages:
+            _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
+
+
+def _clean_mappings() -> Iterable[tuple[int, int]]:
+    """Addresses of this process's private mappings of files, no page of which it has written to."""
+    pattern = r"^([0-9a-f]+)-([0-9a-f]+) \S+p \S+ \S+ [1-9]\d* +/.*\n(?:\w+:.*\n)*?Anonymous: +0 kB"
+    for match in re.finditer(pattern, _read("/proc/self/smaps"), re.MULTILINE):
+        yield int(match[1], 16), int(match[2], 16)
+
+
+def _cgroup_limits() -> Iterable[int]:
+    """Limits of the control groups that this process is in, of either version, and of those above them."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        root, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+        if controllers in ("", "memory"):
+            for group in (Path(path), *Path(path).parents):
+                limit = _read(f"/sys/fs/cgroup/{root}/{group}/{name}").strip()
+                if limit.isdigit():
+                    yield int(limit)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
 @cache
 def _malloc_trim() -> "ctypes._FuncPointer | None":
-    if not sys.platform.startswith("linux"):
-        return None
-    return getattr(ctypes.CDLL(None), "malloc_trim", None)
+    return getattr(_libc(), "malloc_trim", None) if sys.platform.startswith("linux") else None

@@ -107,7 +107,8 @@ def plan_table(prepared: Prepared) -> str:
         f"{'' if prepared.choice.propagate else 'not '}behind the compressed prefix",
         f"time            {sum(prepared.seconds.values()):.0f} s so far, "
         f"about {prepared.remaining_seconds:.0f} s to go",
-        f"memory          {_mb(prepared.memory_bytes)} at most, as predicted",
+        f"memory          {_mb(prepared.needs.memory)} at most, as predicted",
+        f"disk            {_mb(prepared.needs.disk)} at most beside the output, as predicted",
     ])  # fmt: skip
 
 

@@ -17,15 +17,22 @@ from lrsd.model.samples import Samples, distance
 _SAMPLES = 2
 _TOKENS = 192
 _READ_EVERY = 2
-PROBE_LOGITS = _SAMPLES * _TOKENS // _READ_EVERY
+
+
+def probe_rows(samples: Samples) -> int:
+    """Rows of logits that a probe compares."""
+    return samples[:_SAMPLES].cut(_TOKENS).positions // _READ_EVERY
 
 
 @contextmanager
-def in_float32(model: nn.Module, layout: Layout, *, blocks_only: bool = False) -> Iterator[None]:
+def in_float32(
+    model: nn.Module, layout: Layout, *, first: int = 0, blocks_only: bool = False
+) -> Iterator[None]:
     """A 16-bit model that computes in float32: each block's weights are widened while it runs.
 
     No more is held twice than one block and what is not in a block: embeddings, head and norms, which
-    models also read without running them. blocks_only: these stay as they are.
+    models also read without running them. blocks_only: these stay as they are. first: the first block that
+    will run.
     """
     narrow: dict[nn.Parameter, Tensor] = {}
 
@@ -44,7 +51,7 @@ def in_float32(model: nn.Module, layout: Layout, *, blocks_only: bool = False) -
     within = {parameter for block in blocks for parameter in block.parameters()}
     others = [] if blocks_only else [p for p in model.parameters() if p not in within]
     with ExitStack() as hooks:
-        for block in blocks:
+        for block in blocks[first:]:
             enter = block.register_forward_pre_hook(lambda module, args: widen(module.parameters()))
             leave = block.register_forward_hook(
                 lambda module, args, output: restore(module.parameters()), always_call=True
@@ -112,7 +119,7 @@ class Probe:
         if not block:
             return {}
         with ExitStack() as replaced:
-            replaced.enter_context(in_float32(self._replay.model, self._replay.layout))
+            replaced.enter_context(in_float32(self._replay.model, self._replay.layout, first=self._index))
             for perturbation in block:
                 replaced.enter_context(self._perturbed(perturbation))
             per_token = distance(self._replay.model, self._reference, self._answer())
@@ -136,8 +143,8 @@ class Probe:
         return in_float32(self._replay.model, self._replay.layout, blocks_only=True)
 
     def _perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
-        W_OI = perturbation.approximation_OI.float()
-        return replaced_weight(self._replay.model, perturbation.spec, W_OI, W_OI.dtype)
+        W_OI = perturbation.approximation_OI
+        return replaced_weight(self._replay.model, perturbation.spec, W_OI, torch.float32)
 
     def _change(self, perturbation: Perturbation) -> float:
         """Mean squared change of the block's output, relative to each token's squared norm."""

@@ -9,7 +9,7 @@ from torch import Tensor
 from lrsd.config import CompressionSettings
 from lrsd.curves import coded_curve, layer_curve, metric, rounded, truncated
 from lrsd.memory import release_freed
-from lrsd.model.layout import Block, read_weight
+from lrsd.model.layout import Block, InputGroup, read_weight
 from lrsd.model.load import check_finite
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
@@ -86,6 +86,7 @@ def survey_model(
                 found = block_moments(replay, index, before, behind)
             record = _survey_block(replay, block, found, settings, probe)
             workspace.finish(step, record, keep=[step] if behind is not None else [])
+        replay.finished(replay.block(index))
         surveyed.append(workspace.read(step, SurveyedBlock))
         progress(block.name)
     curves = {name: curve for block in surveyed for name, curve in block.curves.items()}
@@ -117,20 +118,9 @@ def _survey_block(
     curves: dict[str, LayerCurve] = {}
     perturbations: list[Perturbation] = []
     for group in block.groups:
-        gram_II = metric(settings, moments[group.name])
-        check_finite(f"the input of {group.name}", gram_II)
-        carry = feedback(gram_II) if has_codes(settings) else None
-        for spec in group.linears:
-            W_OI = read_weight(replay.model, spec).double()
-            if carry is not None:
-                curves[spec.name] = coded_curve(W_OI, gram_II, carry, spec, settings)
-                perturb = partial(rounded, spec, W_OI, gram_II, carry)
-            else:
-                whole = spectrum(W_OI, gram_II)
-                curves[spec.name] = layer_curve(W_OI, gram_II, whole, spec, settings)
-                perturb = partial(truncated, spec, W_OI, whole)
-            if probe:
-                perturbations.append(perturb(curves[spec.name], settings))
+        curves |= _survey_group(
+            replay, group, moments[group.name], settings, perturbations if probe else None
+        )
         release_freed()
     measured: dict[str, float] = {}
     behind: Tensor | None = None
@@ -139,6 +129,33 @@ def _survey_block(
         probe.advance()
     states = {group.name: moments[group.name].state() for group in block.groups}
     return SurveyedBlock(states, curves, measured, routed, behind)
+
+
+def _survey_group(
+    replay: Replay,
+    group: InputGroup,
+    moments: Moments,
+    settings: CompressionSettings,
+    perturbations: list[Perturbation] | None,
+) -> dict[str, LayerCurve]:
+    """Curves of the layers of one group; what a probe perturbs them by is appended to `perturbations`."""
+    curves: dict[str, LayerCurve] = {}
+    gram_II = metric(settings, moments)
+    check_finite(f"the input of {group.name}", gram_II)
+    carry = feedback(gram_II) if has_codes(settings) else None
+    for spec in group.linears:
+        W_OI = read_weight(replay.model, spec).double()
+        if carry is not None:
+            curve = coded_curve(W_OI, gram_II, carry, spec, settings)
+            perturb = partial(rounded, spec, W_OI, gram_II, carry)
+        else:
+            whole = spectrum(W_OI, gram_II)
+            curve = layer_curve(W_OI, gram_II, whole, spec, settings)
+            perturb = partial(truncated, spec, W_OI, whole)
+        if perturbations is not None:
+            perturbations.append(perturb(curve, settings))
+        curves[spec.name] = curve
+    return curves
 
 
 class _StoredMoments(Mapping[str, Moments]):

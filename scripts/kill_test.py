@@ -195,7 +195,7 @@ def random_kills(test: KillTest, count: int, generator: random.Random) -> None:
         left = wanted - sum(test.kills.values())
         if left <= 0:
             return None
-        return generator.uniform(0, generator.choice((0.2, 0.5)) * test.seconds)
+        return generator.uniform(0, generator.choice((0.05, 0.2)) * test.seconds)
 
     while sum(test.kills.values()) < wanted:
         test.run(lambda number: None, moment)

@@ -43,6 +43,7 @@ class Replay:
     entering: the hidden states that enter each stack's first block.
     encoded: the encoder's output for the first batch, where there is one.
     batch_sizes: samples per batch.
+    finished: to be called with a block's module when its weights will not be read for a while.
     """
 
     model: PreTrainedModel
@@ -51,6 +52,7 @@ class Replay:
     entering: tuple[Stream, ...]
     encoded: Tensor | None
     batch_sizes: tuple[int, ...]
+    finished: Callable[[nn.Module], None]
 
     @staticmethod
     def start(
@@ -58,6 +60,7 @@ class Replay:
         layout: Layout,
         batches: Iterable[Samples],
         new_stream: Callable[[str], Stream] = lambda name: Stream(),
+        finished: Callable[[nn.Module], None] = lambda block: None,
     ) -> "Replay":
         """Raises: InputError if the model does something between two blocks, or runs one twice."""
         calls: list[list[_Call]] = []
@@ -76,7 +79,7 @@ class Replay:
             calls.append(alike[0] if shared else traced.calls)
             if len(alike) < 2:
                 alike.append(traced.calls)
-        return Replay(model, layout, tuple(calls), entering, encoded, tuple(sizes))
+        return Replay(model, layout, tuple(calls), entering, encoded, tuple(sizes), finished)
 
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.layout.blocks[index].name)

@@ -32,7 +32,7 @@ class Shape:
         return VALUE_BYTES * self.out_features * self.in_features
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Codes:
     """The base tier of S: integer codes for every column that is not kept at 16 bit.
 
@@ -46,7 +46,7 @@ class Codes:
     step: float = 0.0
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class LayerPlan:
     """One layer's point of the family. rank None: the weight stays dense.
 

@@ -26,6 +26,9 @@ _SPLIT_ABOVE = 16
 _HEADER = struct.Struct("<BBI")
 # Bits of an escape's exponent: up to 2^31.
 _EXPONENT_BITS = 5
+# Codes worked on at once, so that a layer takes no more than a few bytes per code; a multiple of 8 and of
+# every number of codes per symbol.
+_PIECE = 24 * 2**14
 
 
 def entropy_encode(codes: Tensor) -> Tensor:
@@ -35,10 +38,11 @@ def entropy_encode(codes: Tensor) -> Tensor:
     value, as 5 bits of exponent each and the bits below.
     Raises: ValueError for codes of 2^30 and more.
     """
-    zigzag = codes.flatten().long()
-    zigzag = torch.where(zigzag < 0, -2 * zigzag - 1, 2 * zigzag)
-    if zigzag.numel() and int(zigzag.max()) >= 1 << 31:
-        raise ValueError(f"codes must be below 2^30, got {int(codes.abs().max())}")
+    flat = codes.flatten()
+    if flat.numel() and max(int(flat.max()), -int(flat.min())) >= 1 << 30:
+        raise ValueError(f"codes must be below 2^30, got {max(int(flat.max()), -int(flat.min()))}")
+    flat = flat.int()
+    zigzag = (flat << 1) ^ (flat >> 31)
     typical = int(zigzag.median()) if zigzag.numel() else 0  # a few giants must not move it
     split = max(0, math.floor(math.log2(typical / _SPLIT_ABOVE))) if typical else 0
     groupings = _LEVELS if typical < _GROUPING_LIMIT else (1,)
@@ -63,28 +67,34 @@ def entropy_decode(stream: Tensor, count: int) -> Tensor:
     if len(data) < start:
         raise ValueError(f"entropy-coded stream is cut off after {len(data)} bytes")
     symbols = _inflate(data[start : start + length], -(-count // together))
-    if bool((symbols.long() >= levels**together).any()):
+    if levels**together < 256 and bool((symbols >= levels**together).any()):
         raise ValueError("entropy-coded stream is damaged: a symbol out of range")
     places = levels ** torch.arange(together, dtype=torch.int32)
-    zigzag = (symbols.int()[:, None] // places % levels).flatten()[:count]
+    pieces = symbols.split(_PIECE // together)
+    limited = [(piece.int()[:, None] // places % levels).flatten().to(torch.uint8) for piece in pieces]
+    zigzag = torch.cat([*limited, symbols[:0]])[:count].int()
     escaped = zigzag == levels - 1
     zigzag[escaped] += _decode_integers(data[start + length :], int(escaped.sum()))
-    low = unpack_codes(_from_bytes(data[_HEADER.size : start]), split, count)
-    zigzag = (zigzag << split) + low
+    zigzag <<= split
+    zigzag += unpack_codes(_from_bytes(data[_HEADER.size : start]), split, count)
     return ((zigzag >> 1) ^ -(zigzag & 1)).to(stream.device)
 
 
 def _encode(zigzag: Tensor, split: int, together: int) -> bytes:
-    levels, low = _LEVELS[together], pack_codes(zigzag & ((1 << split) - 1), split)
-    zigzag = zigzag >> split
-    limited = pad(zigzag.clamp(max=levels - 1), (0, -zigzag.numel() % together))
+    levels = _LEVELS[together]
     places = levels ** torch.arange(together, device=zigzag.device)
-    symbols = (limited.view(-1, together) * places).sum(1).to(torch.uint8)
     compressor = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    huffman = compressor.compress(symbols.cpu().numpy().tobytes()) + compressor.flush()
-    excess = zigzag[zigzag >= levels - 1] - (levels - 1)
-    header = _HEADER.pack(together, split, len(huffman))
-    return header + low.cpu().numpy().tobytes() + huffman + _encode_integers(excess)
+    huffman, excess = [], []
+    for piece in zigzag.split(_PIECE):
+        piece = piece >> split
+        limited = pad(piece.clamp(max=levels - 1), (0, -piece.numel() % together))
+        symbols = (limited.view(-1, together) * places).sum(1).to(torch.uint8)
+        huffman.append(compressor.compress(symbols.cpu().numpy().tobytes()))
+        excess.append(piece[piece >= levels - 1] - (levels - 1))
+    huffman.append(compressor.flush())
+    header = _HEADER.pack(together, split, sum(map(len, huffman)))
+    low = pack_codes(zigzag & ((1 << split) - 1), split).cpu().numpy().tobytes()
+    return b"".join([header, low, *huffman, _encode_integers(torch.cat([*excess, zigzag[:0]]))])
 
 
 def _inflate(huffman: bytes, count: int) -> Tensor:
@@ -100,9 +110,13 @@ def _inflate(huffman: bytes, count: int) -> Tensor:
 
 def _encode_integers(values: Tensor) -> bytes:
     """Non-negative integers below 2^31: v + 1 by exponent (5 bits each) and the bits below its top one."""
-    exponents = torch.frexp((values + 1).double()).exponent.long() - 1  # exact: float64 holds 2^53
-    mantissas = _pack_variable(values + 1 - (1 << exponents), exponents)
-    return torch.cat([pack_codes(exponents, _EXPONENT_BITS), mantissas]).cpu().numpy().tobytes()
+    parts = [part.long() + 1 for part in values.split(_PIECE)]
+    # Exact: float64 holds 2^53.
+    exponents = [torch.frexp(part.double()).exponent.long() - 1 for part in parts]
+    bits = [_variable_bits(part, width) for part, width in zip(parts, exponents, strict=True)]
+    none = torch.zeros(0, dtype=torch.uint8, device=values.device)
+    packed = pack_codes(torch.cat([*exponents, none.long()]), _EXPONENT_BITS)
+    return torch.cat([packed, pack_bits(torch.cat([*bits, none]))]).cpu().numpy().tobytes()
 
 
 def _decode_integers(data: bytes, count: int) -> Tensor:
@@ -122,27 +136,38 @@ def _from_bytes(data: bytes) -> Tensor:
 
 def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """Codes 0..2^bits - 1 of any shape at `bits` bits each, first one lowest; uint8 (ceil(n bits / 8),)."""
-    places = torch.arange(bits, device=codes.device)
-    return pack_bits((codes.flatten().int()[:, None] >> places) & 1)
+    places = torch.arange(bits, dtype=torch.int32, device=codes.device)
+    pieces = codes.flatten().split(_PIECE)
+    packed = [pack_bits((piece.int()[:, None] >> places) & 1) for piece in pieces]
+    return torch.cat([*packed, torch.zeros(0, dtype=torch.uint8, device=codes.device)])
 
 
 def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
     """The inverse of `pack_codes`; int32 (count,)."""
-    places = torch.arange(bits, device=packed.device)
-    return (unpack_bits(packed, count * bits).view(count, bits).int() << places).sum(1, dtype=torch.int32)
+    places = torch.arange(bits, dtype=torch.int32, device=packed.device)
+    codes = torch.zeros(count, dtype=torch.int32, device=packed.device)
+    for start in range(0, count if bits else 0, _PIECE):
+        stop = min(start + _PIECE, count)
+        part = unpack_bits(packed[start * bits // 8 : -(-stop * bits // 8)], (stop - start) * bits)
+        codes[start:stop] = (part.view(-1, bits).int() << places).sum(1, dtype=torch.int32)
+    return codes
 
 
 def pack_bits(bits: Tensor) -> Tensor:
     """0/1 or booleans to bytes, first one in the lowest bit; uint8 (ceil(n / 8),)."""
-    flat = bits.flatten().to(torch.uint8)
-    octets = pad(flat, (0, -flat.numel() % 8)).view(-1, 8).int()
-    return (octets << torch.arange(8, device=bits.device)).sum(1).to(torch.uint8)
+    places = torch.arange(8, dtype=torch.int32, device=bits.device)
+    packed = []
+    for piece in bits.flatten().split(8 * _PIECE):
+        octets = pad(piece.to(torch.uint8), (0, -piece.numel() % 8)).view(-1, 8)
+        packed.append((octets << places).sum(1, dtype=torch.int32).to(torch.uint8))
+    return torch.cat([*packed, torch.zeros(0, dtype=torch.uint8, device=bits.device)])
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The first `count` bits; bool."""
-    bits = (packed.int()[:, None] >> torch.arange(8, device=packed.device)) & 1
-    return bits.flatten()[:count].bool()
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    pieces = [((piece[:, None] >> places) & 1).bool().flatten() for piece in packed.split(_PIECE)]
+    return torch.cat([*pieces, packed[:0].bool()])[:count]
 
 
 def _bit_places(widths: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,9 +177,10 @@ def _bit_places(widths: Tensor) -> tuple[Tensor, Tensor]:
     return owner, torch.arange(owner.numel(), device=widths.device) - first[owner]
 
 
-def _pack_variable(values: Tensor, widths: Tensor) -> Tensor:
+def _variable_bits(values: Tensor, widths: Tensor) -> Tensor:
+    """The lowest `widths` bits of each number, one after the other; uint8."""
     owner, place = _bit_places(widths)
-    return pack_bits((values[owner] >> place) & 1)
+    return ((values[owner] >> place) & 1).to(torch.uint8)
 
 
 def _unpack_variable(packed: Tensor, widths: Tensor) -> Tensor:

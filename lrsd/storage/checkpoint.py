@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError, safe_open
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsd.errors import CheckpointError, InputError
+from lrsd.memory import MappedFiles
 from lrsd.model.experts import fused_names, fused_weight
 from lrsd.model.hf import LrsdConfig
 from lrsd.model.linear import LayerFormat, LowRankSparseLinear
@@ -27,6 +29,7 @@ MANIFEST_VERSION = 1
 RECIPE_NAME = "recipe.json"
 CARD_NAME = "README.md"
 RUN_NAME = "run.json"
+INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -122,6 +125,32 @@ def write_manifest(directory: Path, manifest: Manifest) -> None:
     write_json(directory / MANIFEST_NAME, content)
 
 
+def write_model(model: PreTrainedModel, directory: Path, shard_size: str) -> None:
+    """What `save_pretrained` writes, to the byte, with no more than one shard in memory of what is mapped
+    from files. Raises: StorageError.
+    """
+    with refusals(directory):
+        model.config.dtype = str(model.dtype).removeprefix("torch.")
+        model.config.architectures = [type(model).__name__]
+        model.config.save_pretrained(directory)
+        if model.can_generate():
+            model.generation_config.save_pretrained(directory)
+    ignored = {*model.all_tied_weights_keys, *(model._keys_to_ignore_on_save or ())}
+    state = {name: tensor for name, tensor in model.state_dict().items() if name not in ignored}
+    split = split_torch_state_dict_into_shards(
+        state, filename_pattern="model{suffix}.safetensors", max_shard_size=shard_size
+    )
+    mapped = MappedFiles()
+    for name, keys in split.filename_to_tensors.items():
+        tensors = {key: state[key].contiguous() for key in keys}
+        write_tensors(directory / name, tensors, {"format": "pt"})
+        mapped.release(mapped.pages(tensors.values()))
+    if split.is_sharded:
+        metadata = {"total_parameters": model.num_parameters(), **split.metadata}
+        index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
+        write_json(directory / INDEX_NAME, index)
+
+
 def digests(directory: Path) -> dict[str, str]:
     """SHA-256 by name of the files that a manifest vouches for."""
     found = {}
@@ -205,7 +234,7 @@ def shard_paths(directory: Path) -> list[Path]:
 
     Raises: CheckpointError for a missing shard or an index entry that leads out of the directory.
     """
-    index = directory / "model.safetensors.index.json"
+    index = directory / INDEX_NAME
     if not index.is_file():
         names = {"model.safetensors"}
     else:
@@ -261,7 +290,7 @@ def export_dense(
             total += sum(tensor.nbytes for tensor in tensors.values())
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(aside / "model.safetensors.index.json", index)
+            write_json(aside / INDEX_NAME, index)
         write_json(aside / "config.json", config)
         for path in directory.iterdir():
             if (
@@ -274,7 +303,7 @@ def export_dense(
     return total
 
 
-_PACKED_ONLY = {"config.json", MANIFEST_NAME, RUN_NAME, RECIPE_NAME, "model.safetensors.index.json"}
+_PACKED_ONLY = {"config.json", MANIFEST_NAME, RUN_NAME, RECIPE_NAME, INDEX_NAME}
 
 
 def _dense_tensors(

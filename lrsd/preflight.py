@@ -1,0 +1,164 @@
+"""Before any expensive work: what a compression will take, and whether it is there."""
+
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from lrsd.config import CompressionSettings, parse_size
+from lrsd.errors import InputError
+from lrsd.memory import MappedFiles, current_rss, give_back_large, peak_rss, release_freed
+from lrsd.model.layout import Block, Layout
+from lrsd.model.samples import Samples
+from lrsd.sensitivity import probe_rows
+
+# Square float64 matrices of a group's width held at once while its layers are solved: G, its parts, a
+# factor and an inverse; and weights in float64 or twice in float32.
+_SQUARES, _WEIGHTS = 5, 4
+# Float32 copies of a probe's logits: of the dense model and of the perturbed one, their log-probabilities,
+# and a temporary.
+_LOGITS = 5
+# Python objects of a layer's curve.
+_CURVE = 150_000
+# Streams of hidden states on disk at once: entering block 0, entering this block, leaving it; with
+# propagation a dense and a compressed pair, and what the block's last layer closes with.
+_STREAMS = {False: 3, True: 6}
+# A model that takes more than this share of the memory allowed is read from its files block by block.
+_RESIDENT = 1 / 4
+
+
+@dataclass(frozen=True)
+class Needs:
+    """Bytes that a compression will hold in memory at its worst moment, and on disk at once."""
+
+    memory: int
+    disk: int
+
+
+class Residence:
+    """Which weights stay in memory. Those of a model that takes much of it, and is mapped from safetensors
+    files of the type it computes in, are given back as soon as they were used, and read again when needed.
+
+    in_turns: whether that is so.
+    """
+
+    def __init__(self, model: PreTrainedModel, limit: int | None) -> None:
+        """limit: bytes of memory allowed. From here on a module's weights go when it has run."""
+        self._model, self._mapped = model, MappedFiles()
+        self.in_turns = limit is not None and self._bytes(model) > _RESIDENT * limit
+        if self.in_turns:
+            give_back_large()
+            for module in model.modules():
+                pages = self._mapped.pages(module.parameters(recurse=False))
+                module.register_forward_hook(partial(_give_back, pages))
+
+    def passing(self) -> Iterator[tuple[str, Tensor]]:
+        """Every weight by its name, given back when the next one is asked for."""
+        for name, weight in self._model.state_dict().items():
+            yield name, weight
+            if self.in_turns:
+                self._mapped.release(self._mapped.pages([weight]))
+
+    def give_back(self, module: nn.Module) -> None:
+        """What was freed, and a module's weights."""
+        if self.in_turns:
+            self._mapped.release(self._mapped.pages(module.parameters()))
+        release_freed()
+
+    def at_rest(self) -> int:
+        """Bytes in memory with none of the mapped weights."""
+        self._mapped.release(self._mapped.pages(self._model.parameters()))
+        release_freed()
+        return current_rss()
+
+    def weights(self, layout: Layout) -> int:
+        """Bytes of mapped weights that will be in memory at once: all, or those of one block and of none."""
+        if not self.in_turns:
+            return self._bytes(self._model)
+        blocks = [self._bytes(self._model.get_submodule(block.name)) for block in layout.blocks]
+        return self._bytes(self._model) - sum(blocks) + max(blocks)
+
+    def _bytes(self, module: nn.Module) -> int:
+        return sum(weight.nbytes for weight in module.parameters() if weight in self._mapped)
+
+
+def _give_back(pages: list[tuple[int, int]], module: nn.Module, arguments: Any, output: Any) -> None:
+    MappedFiles.release(pages)
+
+
+def predict(
+    model: PreTrainedModel,
+    layout: Layout,
+    samples: Samples,
+    settings: CompressionSettings,
+    residence: Residence,
+    budget: int,
+) -> Needs:
+    """What the survey and the fit will take.
+
+    Memory: what is there at rest, weights, curves, and the largest working set, that of a block's replay
+    and moments, of a layer's solver, or of a probe, which widens a block and what is in none to float32.
+    Hidden states, moments and finished layers are on disk.
+    """
+    parameters = list(model.parameters())
+    value = parameters[0].element_size()
+    in_blocks = {p for block in layout.blocks for p in model.get_submodule(block.name).parameters()}
+    outside = sum(4 * p.numel() for p in parameters if p not in in_blocks)
+    replayed = samples[: settings.batch].positions
+    working = [0]
+    for block in layout.blocks:
+        moments = sum(8 * group.in_features**2 for group in block.groups)
+        working += [moments + size for size in _solving(block, replayed, value)]
+        widened = sum(4 * p.numel() for p in model.get_submodule(block.name).parameters())
+        working.append(
+            moments + outside + 2 * widened + 4 * _LOGITS * probe_rows(samples) * _vocabulary(model)
+        )
+    kept = sum(p.nbytes for p in parameters) - sum(spec.shape.dense_bytes for spec in layout.linears.values())
+    working.append(min(parse_size(settings.shard_size), kept + budget))
+    memory = residence.at_rest() + residence.weights(layout) + _CURVE * len(layout.linears) + max(working)
+    propagate = settings.propagate is not False
+    stored = sum(2 * group.in_features**2 for group in layout.groups)
+    streams = _STREAMS[propagate] * layout.stream_width
+    if propagate:
+        streams += max(sum(group.in_features for group in block.groups) for block in layout.blocks)
+    disk = stored + value * samples.positions * streams + 2 * budget + kept
+    return Needs(max(memory, peak_rss()), disk)
+
+
+def _solving(block: Block, replayed: int, value: int) -> Iterator[int]:
+    """Working sets of a block's replay and of its layers' solvers, beside the block's moments."""
+    widths = [group.in_features for group in block.groups]
+    outputs = [spec.shape.out_features for group in block.groups for spec in group.linears]
+    yield replayed * (value * (sum(widths) + sum(outputs)) + 4 * max(widths, default=0))
+    for group in block.groups:
+        layer = group.in_features * max(spec.shape.out_features for spec in group.linears)
+        yield 8 * (_SQUARES * group.in_features**2 + _WEIGHTS * layer)
+
+
+def _vocabulary(model: PreTrainedModel) -> int:
+    head = model.get_output_embeddings()
+    return head.weight.shape[0] if head is not None else 0
+
+
+def require(needs: Needs, directory: Path, limit: int | None) -> None:
+    """Raises: InputError if the disk or the memory that a compression needs is not there.
+
+    Args: directory: where finished work goes; limit: bytes of memory allowed.
+    """
+    if limit is not None and needs.memory > limit:
+        raise InputError(
+            f"this needs about {needs.memory / 1e9:.2f} GB of memory, {limit / 1e9:.2f} GB are allowed; "
+            "lower --batch, --seqlen or --shard-size, or allow more with --memory"
+        )
+    done = sum(path.stat().st_size for path in directory.rglob("*"))
+    free = shutil.disk_usage(directory).free + done
+    if needs.disk > free:
+        raise InputError(
+            f"this needs about {needs.disk / 1e9:.2f} GB of disk, {directory} has {free / 1e9:.2f} GB; "
+            "choose an output directory on a larger disk, or lower --samples"
+        )
