@@ -17,6 +17,10 @@ SETTINGS_KEYS = (
     "device", "batch",
 )  # fmt: skip
 
+# What is not a setting, and so is no part of a recipe.
+_NOT_IN_RECIPES = ("model", "output", "recipe", "resume", "memory", "dry_run", "as_json")
+_LARGEST_RECIPE = 2**20
+
 _COMPRESS_EXAMPLES = """
 \b
 Examples:
@@ -118,28 +122,29 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     """Make the recipe's values the defaults of the options; what is typed still wins."""
     if path is None:
         return None
+    if not path.is_file() or path.stat().st_size > _LARGEST_RECIPE:
+        raise click.BadParameter(f"{path} is no file of at most {_LARGEST_RECIPE:,} bytes")
     try:
         text = path.read_text(encoding="utf-8")
         recipe = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise click.BadParameter(f"{path} is neither TOML nor JSON: {error}") from error
-    known = {
-        p.name
-        for p in context.command.params
-        if p.name not in ("model", "output", "recipe", "resume", "memory")
-    }
+    known = {p.name for p in context.command.params if p.name not in _NOT_IN_RECIPES}
     unknown = sorted(set(recipe) - known) if isinstance(recipe, dict) else ["(no table at the top)"]
     if unknown:
         raise click.BadParameter(
             f"{path}: unknown setting {unknown[0]!r}; available: {', '.join(sorted(known))}"
         )
+    defaults = {}
     for name, value in recipe.items():
         if name in ("include", "exclude"):
             if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise click.BadParameter(f"{path}: {name} must be a list of patterns, got {value!r}")
-            continue
-        if not isinstance(value, str | int | float | None):
-            raise click.BadParameter(f"{path}: {name} must be a text or a number, got {value!r}")
+                raise click.BadParameter(f"{path}: {name} must be a list of patterns, got {value!r:.80}")
+        elif not isinstance(value, str | int | float | None):
+            raise click.BadParameter(f"{path}: {name} must be a text or a number, got {value!r:.80}")
+        if value is not None:
+            defaults[name] = value if isinstance(value, bool | list) else str(value)
+    recipe = defaults
     context.default_map = {**(context.default_map or {}), **recipe}
     return path
 

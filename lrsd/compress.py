@@ -15,7 +15,7 @@ import torch
 from transformers import PreTrainedModel
 
 from lrsd.config import CalibrationSettings, CompressionSettings, plain, recipe
-from lrsd.data import calibration_samples, example, text_identity
+from lrsd.data import calibration_samples, example, require_text, text_identity
 from lrsd.errors import BudgetError, InputError, LrsdError
 from lrsd.fit import Fitted, fit_blocks
 from lrsd.memory import allowed_memory, peak_rss
@@ -126,6 +126,8 @@ def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
     Raises: InputError if there is unfinished work and it is not to be resumed.
     """
     journal = Journal(partial_directory(output))
+    if journal.begun and not resume and not journal.has_blocks:
+        journal.remove()  # stopped before anything was finished
     if journal.begun and not resume:
         journal.close()
         raise InputError(
@@ -228,6 +230,7 @@ def prepare(
 ) -> Prepared:
     """Load, read calibration text, survey, allocate; the last three where the journal does not have them."""
     journal.claim(recipe=recipe(settings, calibration), environment=environment(settings))
+    require_text(calibration.source, "--calib", features=calibration.source.endswith(".safetensors"))
     with clock("load"):
         loaded = load_model(source, dtype=settings.dtype, device=settings.device)
         if getattr(loaded.model, "is_quantized", False):
@@ -249,6 +252,10 @@ def prepare(
         journal.finish(TEXT_STEP, calibration_samples(loaded, identity, calibration, progress))
     samples = journal.read(TEXT_STEP, Samples)
     needs = predict(loaded.model, layout, samples, settings, residence, budget)
+    if loaded.ignored:
+        progress.note(
+            f"{len(loaded.ignored)} tensors are no part of the model, {loaded.ignored[0]} among them"
+        )
     progress.note(
         f"needs about {needs.memory / 1e9:.2f} GB of memory, {needs.disk / 1e9:.2f} GB of disk"
         + "; weights are read from their files in turns" * residence.in_turns

@@ -34,6 +34,8 @@ class CalibrationSettings:
         _at_least("samples", self.samples, 2)
         _at_least("seqlen", self.seqlen, 8)
         _at_least("seed", self.seed, 0)
+        if self.seed >= 2**63:
+            raise SettingsError(f"seed must be below 2^63, got {self.seed}")
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,6 @@
 
 import csv
 import hashlib
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +15,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsd.config import CalibrationSettings
 from lrsd.errors import InputError
-from lrsd.model.load import LoadedModel
+from lrsd.model.load import LoadedModel, panics
 from lrsd.model.samples import Samples
 from lrsd.progress import Progress
+from lrsd.storage.inventory import parse_json, read_header
 
 # Hub data sets by short name: path, configuration, and the column that holds the text.
 _KNOWN = {
@@ -27,6 +27,11 @@ _KNOWN = {
 }
 # Documents streamed from a hub data set at most: enough for millions of tokens of any of them.
 _MAX_DOCUMENTS = 20_000
+# Bytes of a local text, thousands of times what a calibration reads; and of a stretch of it without a space
+# or line break, on which tokenizers take quadratic time and memory.
+_LARGEST_TEXT, _LONGEST_WORD = 2**26, 2**20
+# Characters tokenized at once, where there are line breaks to cut at.
+_PIECE = 2**23
 # Samples generated side by side, and greedy tokens at the start of each.
 _SAMPLE_BATCH = 32
 _GREEDY_TOKENS = 4
@@ -40,17 +45,33 @@ def read_text(source: str, *, split: str, option: str) -> str:
         option: the command-line option to name in errors.
     Raises: InputError if there is no such file or the data set cannot be reached.
     """
+    require_text(source, option)
     path = Path(source)
     if path.is_file():
         return _read_file(path)
-    if path.is_dir():
-        raise InputError(f"{option}: expected a text or JSONL file, {source} is a directory")
     if source not in _KNOWN and ("/" not in source or path.suffix in {".txt", ".jsonl", ".raw"}):
         raise InputError(
             f"{option}: no file {source!r} and no data set of that name; "
             f"give a text or JSONL file, {', '.join(_KNOWN)}, or a hub id like owner/name"
         )
     return _join(_stream_rows(source, split, option))
+
+
+def require_text(source: str, option: str, *, features: bool = False) -> None:
+    """Refuse a local text before anything expensive. features: it holds those of sound, which are large.
+
+    Raises: InputError for what is no regular file, or larger than any text is worth.
+    """
+    path = Path(source)
+    if path.is_dir():
+        raise InputError(f"{option}: expected a text or JSONL file, {source} is a directory")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{option}: {source} is no regular file")
+    if path.is_file() and not features and path.stat().st_size > _LARGEST_TEXT:
+        raise InputError(
+            f"{option}: {source} has {path.stat().st_size:,} bytes, at most {_LARGEST_TEXT:,} are read; "
+            "give an excerpt"
+        )
 
 
 def text_identity(source: str) -> str:
@@ -130,6 +151,7 @@ def read_pairs(source: str) -> list[tuple[str, str]]:
     path = Path(source)
     if path.suffix != ".jsonl" or not path.is_file():
         return []
+    require_text(source, "--calib")
     rows = _json_rows(path)
     if not rows or "source" not in rows[0]:
         return []
@@ -190,7 +212,11 @@ def speech_samples(model: PreTrainedModel, calibration: CalibrationSettings) -> 
 
 def read_features(source: str, option: str) -> Tensor:
     """`input_features` (N, channels, frames) of a safetensors file, as a feature extractor makes them."""
+    require_text(source, option, features=True)
     try:
+        shapes = {name: tensor.shape for name, tensor in read_header(Path(source))}
+        if len(shapes["input_features"]) != 3:
+            raise InputError(f"{option}: input_features of {source} have shape {shapes['input_features']}")
         return load_file(source)["input_features"].float()
     except (OSError, SafetensorError, KeyError) as error:
         raise InputError(
@@ -218,9 +244,35 @@ def token_blocks(
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str) -> Tensor:
-    """The whole text as one row of token ids, without special tokens; int64."""
-    ids = tokenizer(text, add_special_tokens=False, return_attention_mask=False, verbose=False).input_ids
-    return torch.tensor(ids, dtype=torch.int64)
+    """The whole text as one row of token ids, without special tokens; int64.
+
+    Raises: InputError for a text that the tokenizer cannot read, or ids that it should not give.
+    """
+    tokens = []
+    for piece in _pieces(text):
+        longest = max(map(len, piece.split()), default=0)
+        if longest > _LONGEST_WORD:
+            raise InputError(f"a text with {longest:,} characters without a space or line break is no text")
+        try:
+            with panics():
+                ids = tokenizer(
+                    piece, add_special_tokens=False, return_attention_mask=False, verbose=False
+                ).input_ids
+            tokens.append(torch.tensor(ids, dtype=torch.int64))
+        except Exception as error:  # tokenizer back ends raise errors of every kind
+            raise InputError(f"the tokenizer cannot read the text: {error}") from error
+    return torch.cat([*tokens, torch.zeros(0, dtype=torch.int64)])
+
+
+def _pieces(text: str) -> Iterator[str]:
+    """The text in pieces of bounded length, cut behind line breaks; a short one as it is."""
+    start = 0
+    while start < len(text):
+        stop = len(text)
+        if stop - start > _PIECE:
+            stop = text.rfind("\n", start, start + _PIECE) + 1 or start + _PIECE
+        yield text[start:stop]
+        start = stop
 
 
 def self_calibration(
@@ -283,14 +335,13 @@ def read_labelled(source: str) -> list[tuple[str, str]]:
 
     Raises: InputError if there is no such file, or a row without them.
     """
+    require_text(source, "--accuracy")
     path = Path(source)
     try:
         with path.open(encoding="utf-8", newline="") as file:
-            rows = (
-                list(csv.DictReader(file)) if path.suffix == ".csv" else [json.loads(line) for line in file]
-            )
+            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else list(map(parse_json, file))
         found = [(row["text"], str(row["label"])) for row in rows]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
         raise InputError(
             f'--accuracy: expected a CSV or JSONL file with "text" and "label", got {source!r} ({error})'
         ) from error
@@ -306,11 +357,15 @@ def _cache_directory() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lrsd"
 
 
-def _read_file(path: Path) -> str:
+def _read_utf8(path: Path) -> str:
     try:
-        text = path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
         raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+
+
+def _read_file(path: Path) -> str:
+    text = _read_utf8(path)
     if path.suffix != ".jsonl":
         return text
     rows = []
@@ -328,10 +383,12 @@ def _read_file(path: Path) -> str:
 def _json_rows(path: Path) -> list[dict[str, Any]]:
     """The objects of a JSONL file. Raises: InputError for a line that is none."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    # Not splitlines(): a text may hold other line breaks than that of JSONL.
+    text = _read_utf8(path).removesuffix("\n")
+    for number, line in enumerate(text.split("\n") if text else [], 1):
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError:
+            row = parse_json(line)
+        except ValueError:
             row = None
         if not isinstance(row, dict):
             raise InputError(f'{path}:{number}: expected a JSON object with a "text" field')

@@ -16,6 +16,7 @@ from lrsd.config import CalibrationSettings
 from lrsd.data import (
     behind_start,
     enclosed,
+    example,
     paired,
     read_features,
     read_labelled,
@@ -26,7 +27,7 @@ from lrsd.data import (
 )
 from lrsd.errors import InputError, NumericsError
 from lrsd.model.load import LoadedModel, load_model
-from lrsd.model.samples import Samples, answer, chooses, distance, has_logits, run_model
+from lrsd.model.samples import Samples, answer, chooses, distance, has_logits, run_model, try_running
 from lrsd.progress import Progress
 
 # Window of the published WikiText-2 perplexities.
@@ -131,6 +132,7 @@ def evaluate(
     read_later = [text for text in texts if Path(text).suffix == ".safetensors" or read_pairs(text)]
     contents = {t: t if t in read_later else read_text(t, split="test", option="--ppl") for t in texts}
     loaded = load_model(source, dtype=dtype, device=device)
+    try_running(loaded.model, example(loaded))
     context = loaded.context_length
     length = seqlen or min(_DEFAULT_SEQLEN, context or _DEFAULT_SEQLEN)
     if context is not None and length > context and loaded.kind != "speech":

@@ -20,7 +20,7 @@ def summary_lines(manifest: Manifest) -> list[str]:
     lines = result_lines(manifest)
     if manifest.seconds:
         lines.append(f"time            {seconds}")
-    if manifest.memory:
+    if {"peak", "predicted"} <= manifest.memory.keys():
         peak, predicted = manifest.memory["peak"], manifest.memory["predicted"]
         lines.append(f"memory          {_mb(peak)} of the host's at most, {_mb(predicted)} predicted")
     return lines

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, PretrainedConfig
 
 # What a log line of the progress looks like: "survey: 2/2 model.layers.1 (0 s)".
-_PROGRESS = re.compile(r"[\w ./-]+: (\d+ steps|\d+/\d+ .*\(\d+ s\))")
+_PROGRESS = re.compile(r"[\w ./-]+: (\d+ steps|\d+/\d+ .*\(\d+ s\))|needs about .* of disk")
 # Small enough that a run which should have failed earlier costs little.
 _SMALL = ("--samples", 8, "--seqlen", 32)
 
@@ -457,7 +457,7 @@ CASES: list[tuple[str, Case, str, int]] = [
         (truncated_checkpoint, "cannot load"),
         (checkpoint_lacks_a_packed_tensor, ".coefficients"),
         (exported_checkpoint_lacks_a_packed_tensor, "coefficients"),
-        (checkpoint_lacks_its_shard, "lacks model.safetensors"),
+        (checkpoint_lacks_its_shard, "no .safetensors file"),
         (truncated_checkpoint_to_export, "model.safetensors"),
         (checkpoint_of_a_later_version, "version 99"),
         (checkpoint_packed_by_a_later_version, "version 99"),

@@ -10,7 +10,16 @@ ROOT = Path(__file__).parents[1]
 FILES = sorted(path for room in ("lrsd", "cli") for path in (ROOT / room).rglob("*.py"))
 # By first name below lrsd; higher may import lower or its own floor. What is not listed is on the
 # floor of survey and compress.
-FLOORS = {"config": 0, "errors": 0, "progress": 0, "numerics": 1, "model": 2, "data": 2, "storage": 2}
+FLOORS = {
+    "config": 0,
+    "errors": 0,
+    "memory": 0,
+    "progress": 0,
+    "numerics": 1,
+    "model": 2,
+    "data": 2,
+    "storage": 2,
+}
 DEFAULT_FLOOR, CLI_FLOOR = 3, 4
 
 

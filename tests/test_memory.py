@@ -1,16 +1,24 @@
 """Memory: what is predicted covers what is held, and what is freed goes back to the system."""
 
+import json
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
-from lrsd.memory import current_rss, peak_rss, predicted_peak, release_freed
+from lrsd.config import CalibrationSettings, CompressionSettings, parse_size
+from lrsd.errors import InputError, SettingsError
+from lrsd.memory import MappedFiles, current_rss, peak_rss, release_freed
 from lrsd.model.layout import find_layout
 from lrsd.model.samples import Samples
+from lrsd.preflight import Needs, Residence, predict
 
 
 def test_freed_blocks_go_back_to_the_system() -> None:
@@ -27,19 +35,84 @@ def test_freed_blocks_go_back_to_the_system() -> None:
     assert last.sum() == 2**18
 
 
-def test_prediction_grows_by_the_cache_and_the_weights_that_it_counts(tiny_model_dir: Path) -> None:
-    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
-    samples = Samples({"input_ids": torch.zeros(9, 32, dtype=torch.int64)})
+def test_weights_mapped_from_files_are_given_back_and_read_again(tmp_path: Path) -> None:
+    if not Path("/proc/self/smaps").exists():
+        pytest.skip("only Linux maps files so")
+    tensors = {name: torch.randn(2**22) for name in ("read", "changed")}  # 16 MB each
+    for name, tensor in tensors.items():
+        save_file({name: tensor}, tmp_path / name)
+    mapped = {name: load_file(tmp_path / name)[name] for name in tensors}
+    mapped["changed"] += 1
+    files = MappedFiles()
+    assert mapped["read"] in files
+    assert mapped["changed"] not in files
+    assert tensors["read"] not in files
+    assert mapped["read"].sum() == tensors["read"].sum()
+    held = current_rss()
+    MappedFiles.release(files.pages([*mapped.values(), *tensors.values()]))
+    assert current_rss() < held - 14 * 2**20
+    assert torch.equal(mapped["read"], tensors["read"])
+    assert torch.equal(mapped["changed"], tensors["changed"] + 1)
+
+
+def needs(model_dir: Path, count: int = 8, limit: int = 2**40, **changes: Any) -> Needs:
+    model = AutoModelForCausalLM.from_pretrained(model_dir)
+    samples = Samples({"input_ids": torch.zeros(count, 32, dtype=torch.int64)})
     layout = find_layout(model, samples)
-    huge = 2**40  # above the peak of the tests before this one
+    settings = CompressionSettings(ratio=4, batch=1, **changes)
+    residence = Residence(model, limit)
+    return predict(model, layout, samples, settings, residence, budget=10**6)
 
-    def predicted(count: int, *, propagate: bool) -> int:
-        return predicted_peak(model, layout, samples[:count], 1, propagate=propagate, loaded=huge) - huge
 
-    hidden_state = 2 * 32 * 64  # bfloat16, 32 tokens, width 64
-    assert predicted(9, propagate=False) - predicted(8, propagate=False) == 3 * hidden_state
-    inputs = 2 * 32 * (64 + 64 + 64 + 160)
-    assert predicted(9, propagate=True) - predicted(8, propagate=True) == 4 * hidden_state + inputs
+def test_samples_take_disk_not_memory(tiny_model_dir: Path) -> None:
+    for propagate, streams in ((False, 3), (True, 6)):
+        few, many = (needs(tiny_model_dir, count, propagate=propagate) for count in (8, 9))
+        inputs = (64 + 64 + 64 + 160) if propagate else 0
+        assert many.disk - few.disk == 2 * 32 * (streams * 64 + inputs)
+        assert many.memory == pytest.approx(few.memory, rel=0.01)
+
+
+def test_what_does_not_fit_is_refused_before_any_work(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calibration = CalibrationSettings(source=str(text_file), samples=4, seqlen=32)
+    settings = CompressionSettings(ratio=4)
+
+    def run(**changes: Any) -> None:
+        compress(str(tiny_model_dir), tmp_path / "work" / "out", settings, calibration, **changes)
+
+    monkeypatch.setattr("lrsd.compress.survey_model", lambda *arguments: pytest.fail("work was begun"))
+    with pytest.raises(InputError, match=r"of memory, 0\.10 GB are allowed; lower"):
+        run(memory=10**8)
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=10**4))
+        with pytest.raises(InputError, match=r"of disk, .* has 0\.00 GB"):
+            run()
+    assert list((tmp_path / "work").iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives mapped files back")
+def test_weights_in_turns_give_the_same_bytes_with_less_memory(
+    make_model: Any, tiny_llama: Any, text_file: Path, tmp_path: Path
+) -> None:
+    """In processes of their own, whose peaks can be compared; 300 MB of weights, few of them compressed."""
+    sizes = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 12}
+    model = make_model(tiny_llama(**sizes))
+    options = ["--samples", "4", "--seqlen", "16", "--include", "*.q_proj", "--shard-size", "50MB"]
+    command = [sys.executable, "-m", "lrsd_cli.main", "compress", str(model), "--ratio", "4x", "--json"]
+    command += ["--calib", str(text_file), *options, "--allocation", "uniform"]
+    found = {}
+    for name, more in (("whole", []), ("turns", ["--memory", "850MB"])):
+        done = subprocess.run([*command, "-o", str(tmp_path / name), *more], capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        found[name] = json.loads(done.stdout)["memory"]
+        assert ("read from their files in turns" in done.stderr) == (name == "turns")
+    shards = sorted((tmp_path / "whole").glob("*.safetensors"))
+    assert len(shards) > 1
+    for shard in shards:
+        assert shard.read_bytes() == (tmp_path / "turns" / shard.name).read_bytes()
+    assert found["turns"]["peak"] < found["whole"]["peak"] - 150 * 10**6
+    assert found["turns"]["peak"] == pytest.approx(found["turns"]["predicted"], rel=0.15)
 
 
 def test_the_manifest_reports_both(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
@@ -48,4 +121,14 @@ def test_the_manifest_reports_both(tiny_model_dir: Path, text_file: Path, tmp_pa
     memory = compress(str(tiny_model_dir), tmp_path / "out", settings, calibration).memory
     assert 2**27 < memory["predicted"] < 2**33
     assert memory["peak"] == pytest.approx(memory["predicted"], rel=0.15)
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]  # no scratch directory is left
+
+
+@pytest.mark.parametrize(("text", "size"), [("4GiB", 2**32), ("500MB", 5 * 10**8), ("1.5G", 3 * 2**29)])
+def test_sizes_are_read_as_written(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "4", "GiB", "-1GB", "0GB", "1XB", "1e3GB"])
+def test_other_sizes_are_refused(text: str) -> None:
+    with pytest.raises(SettingsError, match="4GiB"):
+        parse_size(text)

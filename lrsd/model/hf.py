@@ -23,6 +23,11 @@ from lrsd.model.linear import LayerFormat, LowRankSparseLinear
 from lrsd.numerics.allocate import Shape
 
 FORMAT_VERSION = 1
+# What safetensors calls the types of packed tensors; values may be of any floating-point type.
+_STORED_AS = {torch.uint8: {"U8"}, torch.int8: {"I8"}, torch.int16: {"I16"}, torch.int32: {"I32"}}
+_FLOATS = {"F64", "F32", "F16", "BF16"}
+# Largest number in a layer's entry: more would be no layer of any model.
+_LARGEST = 2**40
 # Eighths of an octave: float32 ends at 2^127.
 _LARGEST_EXPONENT = 8 * 127
 
@@ -44,8 +49,19 @@ class LrsdConfig(QuantizationConfigMixin):
         self.quant_method = "lrsd"  # type: ignore[assignment]  # transformers names its own methods only
         self.format_version = format_version
         self.layers = layers or {}
-        self.embeddings = list(embeddings or [])
-        self.experts = dict(experts or {})
+        self.embeddings = embeddings or []
+        self.experts = experts or {}
+        if not (
+            isinstance(self.layers, dict)
+            and isinstance(self.embeddings, list)
+            and all(isinstance(name, str) for name in self.embeddings)
+            and isinstance(self.experts, dict)
+            and all(_is_fusion(fusion) for fusion in self.experts.values())
+        ):
+            raise CheckpointError(
+                "config.json: quantization_config needs an object of layers, a list of embeddings and an "
+                "object of experts"
+            )
         if format_version != FORMAT_VERSION:
             raise CheckpointError(
                 f"checkpoint has format version {format_version}, this lrsd reads {FORMAT_VERSION}; "
@@ -57,6 +73,10 @@ class LrsdConfig(QuantizationConfigMixin):
         return {name: parse_format(name, entry) for name, entry in self.layers.items()}
 
 
+def _is_fusion(fusion: Any) -> bool:
+    return isinstance(fusion, dict) and all(type(fusion.get(key)) is bool for key in ("gated", "transposed"))
+
+
 def parse_format(name: str, entry: Any) -> LayerFormat:
     """One layer's entry in config.json. Raises: CheckpointError naming the layer."""
     known = {field.name for field in fields(LayerFormat)}
@@ -64,8 +84,9 @@ def parse_format(name: str, entry: Any) -> LayerFormat:
         raise CheckpointError(
             f"config.json: layer {name} must be an object with 'rank' and any of {sorted(known)}"
         )
-    numbers = [entry.get(key) for key in ("rank", "columns", "rows", "entries", "stream", "bits", "group")]
-    if any(value is not None and (type(value) is not int or value < 0) for value in numbers):
+    counts = ("rank", "columns", "rows", "entries", "stream", "bits", "group")
+    numbers = [entry[key] for key in counts if key in entry]
+    if any(type(value) is not int or not 0 <= value < _LARGEST for value in numbers):
         raise CheckpointError(f"config.json: layer {name} needs non-negative whole numbers, got {entry}")
     flags = [entry[key] for key in ("pivoted", "bias", "added_bias", "transposed") if key in entry]
     if any(type(flag) is not bool for flag in flags):
@@ -111,6 +132,13 @@ class LrsdQuantizer(HfQuantizer):
         insert_embeddings(model, config.embeddings)
         if checkpoint_files:
             _require_tensors(model, [*config.layers, *config.embeddings], checkpoint_files)
+        return model
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
+        for name in self.quantization_config.layers:
+            packed = model.get_submodule(name)
+            assert isinstance(packed, LowRankSparseLinear)
+            packed.check(name)
         return model
 
     def update_weight_conversions(
@@ -179,15 +207,30 @@ def mark_packed(
 
 
 def _require_tensors(model: nn.Module, layers: Iterable[str], checkpoint_files: list[str]) -> None:
-    """transformers only warns of a missing tensor and runs on whatever memory held."""
-    present: set[str] = set()
+    """transformers only warns of a missing tensor and runs on whatever memory held; one of another shape or
+    type it replaces or casts.
+
+    Raises: CheckpointError.
+    """
+    stored: dict[str, tuple[list[int], str]] = {}
     for file in checkpoint_files:
         with safe_open(file, framework="pt") as shard:
-            present.update(shard.keys())
-    wanted = {f"{name}.{key}" for name in layers for key in model.get_submodule(name).state_dict()}
-    missing = sorted(wanted - present)
-    if missing:
+            for key in shard.keys():  # noqa: SIM118 - safe_open is no mapping
+                part = shard.get_slice(key)
+                stored[key] = part.get_shape(), part.get_dtype()
+    wanted = {
+        f"{name}.{key}": tensor
+        for name in layers
+        for key, tensor in model.get_submodule(name).state_dict().items()
+    }
+    if missing := sorted(set(wanted) - set(stored)):
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of the packed tensors, {missing[0]} among them; "
             "it is incomplete: copy or compress it again"
         )
+    for name, tensor in wanted.items():
+        shape, dtype = stored[name]
+        if shape != list(tensor.shape) or dtype not in _STORED_AS.get(tensor.dtype, _FLOATS):
+            raise CheckpointError(
+                f"{name} is {dtype} {tuple(shape)}; config.json asks for {tensor.dtype} {tuple(tensor.shape)}"
+            )

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 from lrsd.config import Selection
 from lrsd.errors import InputError
 from lrsd.model.experts import DOWNS, UPS, is_unfused
-from lrsd.model.samples import Samples, run_model
+from lrsd.model.samples import Samples, try_running
 from lrsd.numerics.allocate import VALUE_BYTES, Shape
 
 
@@ -122,13 +122,7 @@ def find_layout(model: PreTrainedModel, example: Samples, selection: Selection |
         for stack, index in places
     ]
     try:
-        with torch.inference_mode():
-            run_model(model, example)
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError) as error:
-        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise InputError(
-            f"{type(model).__name__} cannot be run on {' and '.join(example.inputs)} alone: {line}"
-        ) from error
+        try_running(model, example)
     finally:
         for handle in handles:
             handle.remove()

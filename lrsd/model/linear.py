@@ -165,6 +165,23 @@ class LowRankSparseLinear(nn.Module):
                 parameter.copy_(value)
         return packed
 
+    def check(self, name: str) -> None:
+        """Raises: CheckpointError if an index lies outside or comes twice, or if a mask does not match."""
+        for what, size in (("pivots", self.out_features - self.layout.rows), ("columns", self.in_features),
+                           ("rows", self.out_features)):  # fmt: skip
+            indices = getattr(self, what)
+            if indices is None or indices.is_meta:
+                continue
+            steps = indices.long().diff()
+            if indices.numel() and (
+                int(indices.min()) < 0 or int(indices.max()) >= size or bool((steps < 1).any())
+            ):
+                raise CheckpointError(f"{name}.{what} must be ascending numbers below {size}; it is damaged")
+        if self.mask is not None and self.entries is not None and not self.mask.is_meta:
+            count = int(unpack_bits(self.mask, self.out_features * self.layout.columns).sum())
+            if count != self.entries.numel():
+                raise CheckpointError(f"{name}.mask has {count} bits set, for {self.entries.numel()} entries")
+
     @property
     def code_bytes(self) -> int:
         """Bytes of codes with their steps, or scales and zeros."""

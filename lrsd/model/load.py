@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import json
 import shutil
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -13,8 +12,7 @@ from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
+from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -27,16 +25,19 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
-from lrsd.errors import InputError, NumericsError
+from lrsd.errors import InputError, LrsdError, NumericsError
 from lrsd.model.samples import Kind, kind_of
+from lrsd.storage.inventory import take_inventory
 
-# What transformers and the readers below it raise for a damaged file or an impossible configuration.
-_UNREADABLE = (
-    OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError, ImportError,
-    SafetensorError, StrictDataclassError,
-)  # fmt: skip
+# Weights that a configuration may ask for per value stored: some models make others of their own; a packed
+# byte holds up to 32.
+_ASKED, _ASKED_PACKED = 2, 40
+# A tokenizer that makes more tokens than this of a character, tried on these, is a bomb: bytes are the least.
+_PROBE_TEXT, _MOST_TOKENS = "The quick brown fox jumps over the lazy dog.", 8
 # Values checked at once: the check takes a few bytes for each.
 _FINITE_VALUES = 2**22
+# What is fetched of a model on the hub: never pickles or code.
+_HUB_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
 _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 
@@ -44,13 +45,15 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 class LoadedModel:
     """A dense or compressed model on its device in evaluation mode; a tokenizer unless it hears sound.
 
-    stored_as: how the source held the weights ("bfloat16", "GGUF Q4_1", ...), for the report.
+    stored_as: how the source held the weights ("bfloat16", "GGUF Q4_1", ...), for the report. ignored: names
+    of tensors that the files hold beyond the model.
     """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase | None
     source: str
     stored_as: str
+    ignored: tuple[str, ...] = ()
 
     @property
     def kind(self) -> Kind:
@@ -91,20 +94,18 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
 
 def _load(source: str, dtype: str, device: str) -> LoadedModel:
     where, arguments, stored_as = _locate(source)
+    inventory = take_inventory(Path(where)) if not arguments else {}
     target = resolve_device(device)
     transformers_logging.disable_progress_bar()
-    try:
+    with _unreadable(source), _errors_only():
         config = AutoConfig.from_pretrained(where, **_config_arguments(arguments))
         native = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-        chosen = _resolve_dtype(dtype, native)
-        with _errors_only():
-            loaded: Any = _model_class(config).from_pretrained(
-                where, config=config, dtype=chosen, trust_remote_code=False, output_loading_info=True,
-                ignore_mismatched_sizes=True, **_safe(arguments),
-            )  # fmt: skip
-    except _UNREADABLE as error:
-        place = source if Path(source).exists() else f"{source}, which is no directory here, from the hub"
-        raise InputError(f"cannot load {place}: {_first_line(error)}") from error
+        if inventory:
+            _check_size(source, config, sum(tensor.numel for tensor in inventory.values()))
+        loaded: Any = _model_class(config).from_pretrained(
+            where, config=config, dtype=_resolve_dtype(dtype, native), trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True, **_safe(arguments),
+        )  # fmt: skip
     model, report = loaded
     _require_all_weights(source, report)
     tokenizer: PreTrainedTokenizerBase | None = None
@@ -114,7 +115,32 @@ def _load(source: str, dtype: str, device: str) -> LoadedModel:
         if model.main_input_name != "input_features":
             raise
     nn.Module.to(model, target)
-    return LoadedModel(model.eval(), tokenizer, source, stored_as or native)
+    ignored = tuple(sorted(report["unexpected_keys"]))
+    return LoadedModel(model.eval(), tokenizer, source, stored_as or native, ignored)
+
+
+@contextmanager
+def _unreadable(source: str) -> Iterator[None]:
+    """Whatever transformers and the readers below it raise for a damaged file or an impossible configuration,
+    errors of every kind, is one line."""
+    try:
+        yield
+    except LrsdError:
+        raise
+    except Exception as error:
+        raise InputError(f"cannot load {source}: {_first_line(error)}") from error
+
+
+def _check_size(source: str, config: PretrainedConfig, stored: int) -> None:
+    """Raises: InputError if a configuration asks for more weights than there are, before they take memory."""
+    model_class = _model_class(config)
+    make = getattr(model_class, "_from_config", None) or model_class.from_config
+    with torch.device("meta"):
+        model = make(config)
+    asked = sum(parameter.numel() for parameter in model.parameters())
+    most = stored * (_ASKED_PACKED if getattr(config, "quantization_config", None) else _ASKED)
+    if asked > most:
+        raise InputError(f"{source}: config.json asks for {asked:,} weights, the files hold {stored:,}")
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
@@ -179,6 +205,7 @@ def copy_processor(source: str, target: Path) -> None:
 
 
 def _locate(source: str) -> tuple[str, dict[str, Any], str | None]:
+    """A local directory, further arguments for transformers, and how a GGUF file stores its weights."""
     path = Path(source)
     if path.suffix == ".gguf" or path.is_file():
         if not path.is_file():
@@ -189,25 +216,11 @@ def _locate(source: str) -> tuple[str, dict[str, Any], str | None]:
             )
         return str(path.parent), {"gguf_file": path.name}, _gguf_storage(path)
     if path.is_dir():
-        _check_directory(path)
         return source, {}, None
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f"no such model directory: {source}")
-    return source, {}, None
-
-
-def _check_directory(path: Path) -> None:
-    if not (path / "config.json").is_file():
-        raise InputError(f"{path} holds no config.json; expected a transformers model directory")
-    if any(path.glob("*.safetensors")):
-        return
-    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in path.glob(pattern))
-    if pickles:
-        raise InputError(
-            f"{path} holds its weights as pickle ({pickles[0]}), which can run code when read; "
-            "convert it to safetensors first (save_pretrained does)"
-        )
-    raise InputError(f"{path} holds no .safetensors file")
+    with _unreadable(f"{source}, which is no directory here, from the hub"):
+        return snapshot_download(source, allow_patterns=list(_HUB_FILES)), {}, None
 
 
 def _gguf_storage(path: Path) -> str:
@@ -218,7 +231,7 @@ def _gguf_storage(path: Path) -> str:
 
     try:
         kinds = {tensor.tensor_type.name for tensor in GGUFReader(path).tensors if tensor.shape.size > 1}
-    except (ValueError, OSError, IndexError) as error:
+    except (ValueError, OSError, LookupError, OverflowError, MemoryError) as error:
         raise InputError(f"{path} is not a readable GGUF file: {_first_line(error)}") from error
     return f"GGUF {'/'.join(sorted(kinds))}"
 
@@ -275,11 +288,32 @@ def _errors_only() -> Iterator[None]:
 
 def _load_tokenizer(where: str, source: str, arguments: dict[str, Any]) -> PreTrainedTokenizerBase:
     try:
-        return AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
+        with panics():
+            tokenizer = AutoTokenizer.from_pretrained(where, trust_remote_code=False, **arguments)
+            length = len(tokenizer(_PROBE_TEXT).input_ids)
     except Exception as error:  # tokenizer back ends raise errors of every kind for a missing file
         raise InputError(
             f"{source} has no usable tokenizer ({_first_line(error)}); put tokenizer.json beside the weights"
         ) from error
+    if length > _MOST_TOKENS * len(_PROBE_TEXT):
+        raise InputError(
+            f"the tokenizer of {source} makes {length:,} tokens of {len(_PROBE_TEXT)} characters"
+        )
+    return tokenizer
+
+
+@contextmanager
+def panics() -> Iterator[None]:
+    """A tokenizer's back end in Rust ends in its own kind of BaseException: an ordinary error from here on.
+
+    Raises: RuntimeError.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":
+            raise
+        raise RuntimeError(f"the tokenizer panicked: {_first_line(error)}") from error
 
 
 def _resolve_dtype(dtype: str, native: str) -> torch.dtype:
@@ -291,14 +325,3 @@ def _resolve_dtype(dtype: str, native: str) -> torch.dtype:
 def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return " ".join(line.strip() for line in lines[: 2 if lines[0].endswith(":") else 1])
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises: InputError if the file is not a JSON object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"{path} is not readable JSON: {_first_line(error)}") from error
-    if not isinstance(content, dict):
-        raise InputError(f"{path}: expected a JSON object, got {type(content).__name__}")
-    return content

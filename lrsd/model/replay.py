@@ -15,6 +15,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from lrsd.errors import InputError
 from lrsd.model.layout import Block, Layout
+from lrsd.model.load import check_finite
 from lrsd.model.samples import Samples, answer, run_model
 from lrsd.model.streams import Stream
 
@@ -239,6 +240,7 @@ def _trace(model: PreTrainedModel, layout: Layout, samples: Samples, *, only_ent
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], block: Block) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
+        check_finite(f"the input of {block.name}", hidden)
         if block.leads:
             entering.append(hidden)
             if only_entry:

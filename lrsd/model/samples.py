@@ -79,6 +79,18 @@ def run_model(model: PreTrainedModel, samples: Samples, **more: Any) -> Any:
     return model(**inputs, **more)
 
 
+def try_running(model: PreTrainedModel, example: Samples) -> None:
+    """One pass. Raises: InputError if the model cannot be run at all, its configuration being impossible."""
+    try:
+        with torch.inference_mode():
+            run_model(model, example)
+    except Exception as error:  # models raise errors of every kind
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise InputError(
+            f"{type(model).__name__} cannot be run on {' and '.join(example.inputs)} alone: {line}"
+        ) from error
+
+
 def answer(output: Any) -> Tensor:
     """What a model says, (rows, classes) in float32: its logits; of a bare encoder its last hidden states."""
     named = [getattr(output, name, None) for name in ("logits", "last_hidden_state")]

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsd.errors import CheckpointError, InputError
@@ -19,9 +19,9 @@ from lrsd.memory import MappedFiles
 from lrsd.model.experts import fused_names, fused_weight
 from lrsd.model.hf import LrsdConfig
 from lrsd.model.linear import LayerFormat, LowRankSparseLinear
-from lrsd.model.load import read_json
 from lrsd.numerics.allocate import Shape
 from lrsd.storage.files import PARTIAL, refusals, sync, write_json, write_tensors
+from lrsd.storage.inventory import INDEX_NAME, read_json, require_inside, shard_paths, take_inventory
 from lrsd.storage.records import decode
 
 MANIFEST_NAME = "lrsd.json"
@@ -29,7 +29,6 @@ MANIFEST_VERSION = 1
 RECIPE_NAME = "recipe.json"
 CARD_NAME = "README.md"
 RUN_NAME = "run.json"
-INDEX_NAME = "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -229,27 +228,6 @@ def stored_bytes(directory: Path, layers: dict[str, Any] | None = None) -> int:
     return total
 
 
-def shard_paths(directory: Path) -> list[Path]:
-    """The checkpoint's safetensors files: those of its index, else model.safetensors.
-
-    Raises: CheckpointError for a missing shard or an index entry that leads out of the directory.
-    """
-    index = directory / INDEX_NAME
-    if not index.is_file():
-        names = {"model.safetensors"}
-    else:
-        try:
-            names = set(read_json(index)["weight_map"].values())
-        except (KeyError, AttributeError, TypeError) as error:
-            raise CheckpointError(f"{index} holds no weight map") from error
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{index} names {name!r}, which is not a file of this directory")
-        if not (directory / name).is_file():
-            raise CheckpointError(f"{directory} lacks {name}")
-    return [directory / name for name in sorted(names)]
-
-
 def export_dense(
     directory: Path,
     target: Path,
@@ -272,8 +250,8 @@ def export_dense(
             f"{len(corrected)} layers carry a bias that the dense model has no place for, {corrected[0]} "
             "among them; compress without --mean-correction to export"
         )
-    shards = shard_paths(directory)
-    owners = _owners(shards)
+    owners = {name: tensor.shard for name, tensor in take_inventory(directory).items()}
+    shards = sorted(set(owners.values()))
     files = {
         shard: f"model-{number:05d}-of-{len(shards):05d}.safetensors"
         if len(shards) > 1
@@ -298,6 +276,7 @@ def export_dense(
                 and path.name not in _PACKED_ONLY
                 and path.is_file()
             ):
+                require_inside(directory, path)
                 with refusals(aside):
                     shutil.copy2(path, aside / path.name)
     return total
@@ -366,18 +345,6 @@ def _experts_values(
     return values
 
 
-def _owners(shards: list[Path]) -> dict[str, Path]:
-    """The shard of every tensor. Raises: CheckpointError for a shard that cannot be read."""
-    owners: dict[str, Path] = {}
-    for shard in shards:
-        try:
-            with safe_open(shard, framework="pt") as file:
-                owners |= dict.fromkeys(file.keys(), shard)
-        except SafetensorError as error:
-            raise CheckpointError(f"{shard} is damaged: {error}") from error
-    return owners
-
-
 def _read_tensor(owners: dict[str, Path], key: str) -> torch.Tensor:
     if key not in owners:
         raise CheckpointError(f"the checkpoint lacks {key}; it is incomplete: copy or compress it again")
@@ -399,8 +366,14 @@ def _read_packed(layer: str, layout: LayerFormat, owners: dict[str, Path]) -> Lo
         rank, free_columns = tensors["weight"].shape
         out_features = tensors["coefficients"].shape[0] + layout.rows + (rank if layout.pivoted else 0)
         in_features = free_columns + (0 if layout.entries is not None else layout.columns)
-        packed = LowRankSparseLinear(Shape(out_features, in_features), layout, tensors["weight"].dtype)
-        packed.load_state_dict(tensors)
-    except (KeyError, RuntimeError, ValueError) as error:
+        with torch.device("meta"):
+            packed = LowRankSparseLinear(Shape(out_features, in_features), layout, tensors["weight"].dtype)
+        for name, expected in packed.state_dict().items():
+            found = tensors[name]
+            if found.shape != expected.shape or found.is_floating_point() != expected.is_floating_point():
+                raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {tuple(expected.shape)}")
+        packed.load_state_dict(tensors, assign=True)
+        packed.check(layer)
+    except (KeyError, RuntimeError, ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"layer {layer} does not match its entry in config.json: {error}") from error
     return packed
