@@ -64,7 +64,8 @@ def coded_curve(
             W_OI, gram_II, carry, widths=settings.code_widths, group=settings.group, columns=columns
         )
         return LayerCurve(spec.shape, (), coded=plans)
-    total = max(energy(W_OI.float(), gram_II.float()), _TINY)
+    # Of a layer that puts nothing out every form is exact.
+    total = energy(W_OI.float(), gram_II.float()) or math.inf
     offered = _CODED_RANKS if settings.rank is None else (settings.rank,)
     ranks = [min(rank, *W_OI.shape) for rank in offered]
     whole = spectrum(W_OI.float(), gram_II.float()) if any(ranks) else None

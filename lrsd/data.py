@@ -75,10 +75,17 @@ def require_text(source: str, option: str, *, features: bool = False) -> None:
 
 
 def text_identity(source: str) -> str:
-    """What tells one calibration text from another: the digest of a local file; else its name."""
+    """What tells one calibration text from another: the digest of a local file; else its name.
+
+    Raises: InputError for a file that would be refused anyway.
+    """
     path = Path(source)
     if not path.is_file():
         return source
+    if path.suffix == ".safetensors":
+        list(read_header(path))
+    else:
+        require_text(source, "--calib")
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

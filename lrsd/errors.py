@@ -39,5 +39,9 @@ class NumericsError(LrsdError):
     final = True
 
 
+class SolverError(LrsdError):
+    """A layer's problem has no finite solution, whatever the damping; the layer stays dense."""
+
+
 class CheckpointError(LrsdError):
     """A compressed checkpoint is incomplete, inconsistent or of an unknown version."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lrsd.config import CompressionSettings
 from lrsd.curves import metric
-from lrsd.errors import BudgetError
+from lrsd.errors import BudgetError, SolverError
 from lrsd.memory import release_freed
 from lrsd.model.layout import InputGroup, LinearSpec, exchange_weight, read_weight
 from lrsd.model.linear import LayerFormat, LowRankSparseLinear
@@ -107,7 +107,19 @@ def fit_blocks(
             fitted[name] = layer
             layer.install(replay.model, linears[name])
         progress.step(block.name)
+    _require_within(budget, fitted, survey)
     return fitted
+
+
+def _require_within(budget: int, fitted: dict[str, Fitted], survey: Survey) -> None:
+    """Raises: BudgetError if layers that could not be solved took more than the others could make up for."""
+    spent = sum(layer.plan.nbytes(survey.curves[name].shape) for name, layer in fitted.items())
+    unsolved = [name for name, layer in fitted.items() if layer.status.startswith("dense: ")]
+    if spent > budget:
+        raise BudgetError(
+            f"{len(unsolved)} layers could not be solved and stay dense, {', '.join(unsolved[:3])} among "
+            f"them: {spent:,} bytes instead of {budget:,}; --exclude them, or lower the ratio"
+        )
 
 
 def _fit_block(
@@ -126,14 +138,23 @@ def _fit_block(
         pair = None
         if streams is not None and group.aligned:
             pair = pair_moments(replay, index, group, streams)
-            aims = _propagated_aims(model, group, pair)
-        else:
-            aims = _plain_aims(model, group, survey.moments[group.name], settings)
+        try:
+            if pair is not None:
+                aims = _propagated_aims(model, group, pair)
+            else:
+                aims = _plain_aims(model, group, survey.moments[group.name], settings)
+            coded = any(choice.plan[spec.name].codes for spec in group.linears)
+            carry = feedback(aims[group.name].gram_II) if coded else None
+        except SolverError as error:
+            for spec in group.linears:
+                fitted[spec.name] = _left_dense(spec, purse, str(error))
+            continue
         before = _affine(model, group.linears[0])
-        coded = any(choice.plan[spec.name].codes for spec in group.linears)
-        carry = feedback(aims[group.name].gram_II) if coded else None
         for spec in group.linears:
             aim, curve = aims[spec.name], survey.curves[spec.name]
+            if spec.name in survey.unsolved:
+                fitted[spec.name] = _left_dense(spec, purse, survey.unsolved[spec.name])
+                continue
             fitted[spec.name] = _fit_layer(
                 model, spec, aim, curve, purse, settings, carry, propagate=choice.propagate
             )
@@ -144,6 +165,13 @@ def _fit_block(
     if streams is not None and not moved:
         replay.run_all(index, streams.compressed, into=streams.compressed_behind)
     return fitted
+
+
+def _left_dense(spec: LinearSpec, purse: "Purse", reason: str) -> Fitted:
+    """A layer that cannot be solved."""
+    plan = LayerPlan(None)
+    purse.pay(spec.name, plan.nbytes(spec.shape))
+    return Fitted(plan, 0.0, 0.0, f"dense: {reason}")
 
 
 class Purse:
@@ -201,6 +229,7 @@ class _Aim:
     target_mean_O: Tensor
     input_mean_I: Tensor
     blend: float
+    damping: float = 0.0
 
 
 def _plain_aims(
@@ -229,11 +258,11 @@ def _propagated_aims(model: nn.Module, group: InputGroup, pair: Pair) -> dict[st
 
     moments, cross = pair.fit + pair.held_out, pair.fit_cross + pair.held_out_cross
     gram_II, fit_II, held_out_II = moments.gram, pair.fit.gram, pair.held_out.gram
-    step_OI = propagated_target(W_OI, fit_II, target(fit_II, pair.fit_cross)) - W_OI
+    step_OI = propagated_target(W_OI, fit_II, target(fit_II, pair.fit_cross))[0] - W_OI
     missing_OI = target(held_out_II, pair.held_out_cross) - W_OI @ held_out_II
     curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
     slopes_O = (step_OI * missing_OI).sum(1)
-    full_OI = propagated_target(W_OI, gram_II, target(gram_II, cross))
+    full_OI, damping = propagated_target(W_OI, gram_II, target(gram_II, cross))
     input_mean_I = moments.mean
     target_mean_O = W_OI @ cross.target_mean if not pair.closes else W_OI @ input_mean_I + cross.target_mean
     aims, end = {}, 0
@@ -241,8 +270,10 @@ def _propagated_aims(model: nn.Module, group: InputGroup, pair: Pair) -> dict[st
         start, end = end, end + spec.shape.out_features
         own_OI, curvature = W_OI[start:end], float(curvatures_O[start:end].sum())
         blend = min(max(float(slopes_O[start:end].sum()) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+        if not own_OI.any():
+            blend = 0.0  # its plan knows the step of nothing only
         aim_OI = own_OI + blend * (full_OI[start:end] - own_OI)
-        aims[spec.name] = _Aim(aim_OI, gram_II, target_mean_O[start:end], input_mean_I, blend)
+        aims[spec.name] = _Aim(aim_OI, gram_II, target_mean_O[start:end], input_mean_I, blend, damping)
     return aims
 
 
@@ -286,18 +317,25 @@ def _fit_layer(
             plan = replace(plan, codes=replace(plan.codes, nbytes=packed.code_bytes))
         return found, plan, packed, bias_O
 
-    found, plan, packed, bias_O = (
-        solved(plan) if limit is None else _within(limit, purse.slack, plan, solved, curve)
-    )
+    try:
+        found, plan, packed, bias_O = (
+            solved(plan) if limit is None else _within(limit, purse.slack, plan, solved, curve)
+        )
+        W_OI = packed.dense_weight(torch.float64).to(aim.W_OI.device)
+        if not bool(torch.isfinite(W_OI).all()):
+            raise SolverError(f"its solution is not finite in {dtype}")
+    except (SolverError, ValueError) as reason:  # ValueError: what the packed form cannot hold
+        return _left_dense(spec, purse, str(reason))
     purse.pay(spec.name, plan.nbytes(curve.shape))
-    W_OI = packed.dense_weight(torch.float64).to(aim.W_OI.device)
     if propagate:
         exchange_weight(model, spec, W_OI)
         if bias_O is not None:
             model.get_submodule(spec.name).bias = nn.Parameter(bias_O.to(dtype), requires_grad=False)
     error = relative_error(aim.W_OI.float(), W_OI.float(), aim.gram_II.float())
     tensors = {name: parameter.detach() for name, parameter in packed.named_parameters()}
-    return Fitted(plan, error, aim.blend, found.status, found.history, packed.layout, tensors)
+    damping = max(found.damping, aim.damping)
+    status = found.status + (f", damping {damping:.0e}" if damping else "")
+    return Fitted(plan, error, aim.blend, status, found.history, packed.layout, tensors)
 
 
 def _within(

@@ -51,6 +51,12 @@ def _left_alone(manifest: Manifest) -> list[str]:
     for reason, names in by_reason.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"left dense      {shown} ({reason})")
+    unsolved = {
+        name: layer.status for name, layer in manifest.layers.items() if layer.status[:7] == "dense: "
+    }
+    lines += [f"left dense      {name} ({status[7:]})" for name, status in unsolved.items()]
+    if damped := [name for name, layer in manifest.layers.items() if "damping" in layer.status]:
+        lines.append(f"more damping    {len(damped)} layers, {damped[0]} among them; see lrsd inspect")
     starved = {
         name: layer.routed_tokens
         for name, layer in manifest.layers.items()

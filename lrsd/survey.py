@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lrsd.config import CompressionSettings
 from lrsd.curves import coded_curve, layer_curve, metric, rounded, truncated
+from lrsd.errors import SolverError
 from lrsd.memory import release_freed
 from lrsd.model.layout import Block, InputGroup, read_weight
 from lrsd.model.load import check_finite
@@ -29,13 +30,14 @@ HELD_OUT = 8
 class Survey:
     """curves: what each layer offers; sensitivity: KL of the output per unit of relative error.
 
-    routed: calibration tokens that reached each expert's layers.
+    routed: calibration tokens that reached each expert's layers. unsolved: layers without a curve, and why.
     """
 
     moments: Mapping[str, Moments]
     curves: dict[str, LayerCurve]
     sensitivity: dict[str, float]
     routed: dict[str, int] = field(default_factory=dict)
+    unsolved: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,7 @@ class SurveyedBlock:
     curves: dict[str, LayerCurve]
     sensitivity: dict[str, float]
     routed: dict[str, int]
+    unsolved: dict[str, str]
     probe: Tensor | None
 
 
@@ -98,6 +101,7 @@ def survey_model(
         curves,
         {name: sensitivity.get(name, unmeasured) for name in curves},
         {name: count for block in surveyed for name, count in block.routed.items()},
+        {name: reason for block in surveyed for name, reason in block.unsolved.items()},
     )
 
 
@@ -116,11 +120,11 @@ def _survey_block(
     routed = {group.name: moments[group.name].count for group in block.groups if group.routed}
     moments = share_among_experts(block, moments)
     curves: dict[str, LayerCurve] = {}
+    unsolved: dict[str, str] = {}
     perturbations: list[Perturbation] = []
     for group in block.groups:
-        curves |= _survey_group(
-            replay, group, moments[group.name], settings, perturbations if probe else None
-        )
+        asked = perturbations if probe else None
+        curves |= _survey_group(replay, group, moments[group.name], settings, unsolved, asked)
         release_freed()
     measured: dict[str, float] = {}
     behind: Tensor | None = None
@@ -128,7 +132,7 @@ def _survey_block(
         measured, behind = probe.measure(perturbations), probe.behind
         probe.advance()
     states = {group.name: moments[group.name].state() for group in block.groups}
-    return SurveyedBlock(states, curves, measured, routed, behind)
+    return SurveyedBlock(states, curves, measured, routed, unsolved, behind)
 
 
 def _survey_group(
@@ -136,24 +140,31 @@ def _survey_group(
     group: InputGroup,
     moments: Moments,
     settings: CompressionSettings,
+    unsolved: dict[str, str],
     perturbations: list[Perturbation] | None,
 ) -> dict[str, LayerCurve]:
-    """Curves of the layers of one group; what a probe perturbs them by is appended to `perturbations`."""
+    """Curves of the layers of one group; one that cannot be solved offers nothing but its dense weight.
+
+    unsolved: these are added to it; perturbations: what a probe perturbs the others by is added to it.
+    """
     curves: dict[str, LayerCurve] = {}
     gram_II = metric(settings, moments)
     check_finite(f"the input of {group.name}", gram_II)
     carry = feedback(gram_II) if has_codes(settings) else None
     for spec in group.linears:
         W_OI = read_weight(replay.model, spec).double()
-        if carry is not None:
-            curve = coded_curve(W_OI, gram_II, carry, spec, settings)
-            perturb = partial(rounded, spec, W_OI, gram_II, carry)
-        else:
-            whole = spectrum(W_OI, gram_II)
-            curve = layer_curve(W_OI, gram_II, whole, spec, settings)
-            perturb = partial(truncated, spec, W_OI, whole)
-        if perturbations is not None:
-            perturbations.append(perturb(curve, settings))
+        try:
+            if carry is not None:
+                curve = coded_curve(W_OI, gram_II, carry, spec, settings)
+                perturbation = partial(rounded, spec, W_OI, gram_II, carry)
+            else:
+                whole = spectrum(W_OI, gram_II)
+                curve = layer_curve(W_OI, gram_II, whole, spec, settings)
+                perturbation = partial(truncated, spec, W_OI, whole)
+            if perturbations is not None:
+                perturbations.append(perturbation(curve, settings))
+        except SolverError as error:
+            curve, unsolved[spec.name] = LayerCurve(spec.shape, ()), str(error)
         curves[spec.name] = curve
     return curves
 

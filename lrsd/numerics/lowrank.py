@@ -5,6 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrsd.errors import SolverError
+
 # A pivot is exchanged while some coefficient exceeds this: coefficients near 1 keep the rounding
 # to 16 bit harmless; at 1.0 exact ties could be exchanged for ever.
 _MAX_COEFFICIENT = 1.5
@@ -36,18 +38,28 @@ def spectrum(W_OI: Tensor, gram_II: Tensor) -> Spectrum:
     eigenvectors come from C^T W^T W C with G = C C^T.
 
     Args: W_OI (O, I); gram_II (I, I) mean of x x^T over tokens; same floating dtype.
+    Raises: SolverError.
     Source: Eckart & Young 1936 in the metric G; cf. SVD-LLM (ICLR 2025), section 3.
     """
     out_features, in_features = W_OI.shape
     if out_features <= in_features:
-        values, vectors = torch.linalg.eigh(W_OI @ gram_II @ W_OI.T)
+        values, vectors = _eigh(W_OI @ gram_II @ W_OI.T)
         return Spectrum(vectors.flip(1), values.flip(0).clamp(min=0))
     outputs_OI = W_OI @ square_root(gram_II)
-    values, vectors = torch.linalg.eigh(outputs_OI.T @ outputs_OI)
+    values, vectors = _eigh(outputs_OI.T @ outputs_OI)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     # QR restores the orthonormality that dividing by sqrt(values) loses among tiny values.
     basis_OR, _ = torch.linalg.qr(outputs_OI @ vectors)
     return Spectrum(basis_OR, values)
+
+
+def _eigh(matrix_NN: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues, ascending, and eigenvectors. Raises: SolverError where the iteration does not converge."""
+    try:
+        values, vectors = torch.linalg.eigh(matrix_NN)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise SolverError(f"its eigenvalues cannot be found ({str(error).splitlines()[0]})") from error
+    return values, vectors
 
 
 def square_root(gram_II: Tensor) -> Tensor:
@@ -57,15 +69,18 @@ def square_root(gram_II: Tensor) -> Tensor:
     factor_II, failed = torch.linalg.cholesky_ex(gram_II)
     if not failed:
         return factor_II
-    values, vectors = torch.linalg.eigh(gram_II)
+    values, vectors = _eigh(gram_II)
     return vectors * values.clamp(min=0).sqrt()
 
 
-def ridged_cholesky(gram_II: Tensor, ridge: float) -> Tensor:
+def ridged_cholesky(gram_II: Tensor, ridge: float) -> tuple[Tensor, float]:
     """Cholesky factor of G + ridge mean(diag G) I, the ridge raised a hundredfold while it is too small.
 
     G out of float32 partial sums is indefinite at about 1e-7 of its diagonal, so the third step ends it.
+
+    Returns: the factor, and the ridge if it had to be raised, else 0. Raises: SolverError.
     """
+    first = ridge
     scale = gram_II.diagonal().mean()
     identity_II = torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
     while True:
@@ -73,8 +88,9 @@ def ridged_cholesky(gram_II: Tensor, ridge: float) -> Tensor:
             gram_II + identity_II * (ridge * scale if scale > 0 else 1.0)
         )
         if not failed:
-            return factor_II
-        assert ridge < 1, "a finite positive semidefinite matrix factors long before"
+            return factor_II, ridge if ridge > first else 0.0
+        if not ridge < 1:  # a finite positive semidefinite matrix factors long before
+            raise SolverError("the moments of its inputs are not finite or not positive semidefinite")
         ridge *= 100
 
 

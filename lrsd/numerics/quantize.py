@@ -12,6 +12,8 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from lrsd.errors import SolverError
+
 # Ridge on G in units of its mean diagonal, the GPTQ default; a tenth of it changed no error by 1 %.
 DAMPING = 0.01
 # Columns rounded between two updates of all later ones (one matrix product each).
@@ -29,12 +31,14 @@ class Feedback:
     """How the error of a column is handed on, for one metric G.
 
     order_I: columns as they are rounded, G_jj descending; upper_II: U with U^T U = (G + damping)^-1 in
-    that order, float32. 1 / U_jj^2 is the variance of x_j that the columns after it cannot explain.
+    that order, float32. 1 / U_jj^2 is the variance of x_j that the columns after it cannot explain. damping:
+    the ridge if it had to be raised, else 0.
     Source: GPTQ (ICLR 2023), section 3, with its activation order.
     """
 
     order_I: Tensor
     upper_II: Tensor
+    damping: float = 0.0
 
     @property
     def width(self) -> int:
@@ -42,7 +46,11 @@ class Feedback:
 
 
 def feedback(gram_II: Tensor, damping: float = DAMPING) -> Feedback:
-    """Factor a metric; the ridge is raised tenfold while G + ridge is not positive definite."""
+    """Factor a metric; the ridge is raised tenfold while G + ridge is not positive definite.
+
+    Raises: SolverError.
+    """
+    first = damping
     gram_II = gram_II.double()
     diagonal_I = gram_II.diagonal()
     order_I = diagonal_I.argsort(descending=True, stable=True)
@@ -54,8 +62,9 @@ def feedback(gram_II: Tensor, damping: float = DAMPING) -> Feedback:
         lower_II, failed = torch.linalg.cholesky_ex((ordered_II + damping * scale * identity_II).flip(0, 1))
         if not failed:
             upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
-            return Feedback(order_I, upper_II.float())
-        assert damping < 1e3, "a finite positive semidefinite matrix factors long before"
+            return Feedback(order_I, upper_II.float(), damping if damping > first else 0.0)
+        if not damping < 1e3:  # a finite positive semidefinite matrix factors long before
+            raise SolverError("the moments of its inputs are not finite or not positive semidefinite")
         damping *= 10
 
 

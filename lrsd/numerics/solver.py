@@ -30,7 +30,7 @@ class Decomposition:
     thresholded S. codes: integers for all free columns, on top of L.
     error: tr((W - L - S) G (W - L - S)^T) / tr(W G W^T) against the target fitted.
     history: that error after each alternation. status: "exact" for a closed form, "best of n"
-    for an alternation.
+    for an alternation. damping: the ridge that a singular metric took, where the usual one did not do.
     """
 
     shape: tuple[int, int]
@@ -45,6 +45,7 @@ class Decomposition:
     history: tuple[float, ...]
     status: str
     codes: LatticeCodes | GridCodes | None = None
+    damping: float = 0.0
 
     @property
     def rank(self) -> int:
@@ -93,7 +94,7 @@ def decompose(
             f"kept columns and {rows} kept rows of a {out_features} x {in_features} weight, got {rank}"
         )
     none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
-    columns_K, rows_P, S_OK = none, none, W_OI[:, none]
+    columns_K, rows_P, S_OK, damping = none, none, W_OI[:, none], 0.0
     if rows:
         selection = select_rows(W_OI, gram_II, rank, rows, start, alternate)
         rows_P, U_FR = selection.kept, selection.basis_OR
@@ -102,9 +103,10 @@ def decompose(
         selection = select_columns(W_OI, gram_II, rank, columns, start, alternate)
         columns_K, split = selection.kept, split_columns(gram_II, selection.kept)
         U_FR, V_RC, S_OK = fit_beside_columns(W_OI, split, rank, selection.basis_OR)
+        damping = split.damping
     found = Decomposition(
         (out_features, in_features), U_FR, V_RC, columns_K, S_OK, rows_P, W_OI[rows_P],
-        mask_OK=None, error=0.0, history=(), status="exact",
+        mask_OK=None, error=0.0, history=(), status="exact", damping=damping,
     )  # fmt: skip
     error = relative_error(W_OI, found.dense(), gram_II)
     return replace(found, error=error, history=(error,))
@@ -198,6 +200,7 @@ def decompose_coded(
             (W_OI.shape[0], W_OI.shape[1]), U_OR, V_RC, columns_K,
             W_OI[:, columns_K] + lost_OC @ split.regression_KC.T, none, W_OI[none],
             mask_OK=None, error=0.0, history=(), status="rounded", codes=codes,
+            damping=max(split.damping, carry.damping),
         )  # fmt: skip
         history.append(relative_error(W_OI, found.dense(), gram_II))
         if best is None or history[-1] < best.error:
@@ -212,12 +215,15 @@ def relative_error(W_OI: Tensor, approximation_OI: Tensor, gram_II: Tensor) -> f
     return energy(W_OI - approximation_OI, gram_II) / total if total > 0 else 0.0
 
 
-def propagated_target(W_OI: Tensor, gram_II: Tensor, target_OI: Tensor, *, damping: float = 1e-4) -> Tensor:
+def propagated_target(
+    W_OI: Tensor, gram_II: Tensor, target_OI: Tensor, *, damping: float = 1e-4
+) -> tuple[Tensor, float]:
     """Weight whose outputs on the compressed prefix's inputs come nearest a target output t.
 
     W* = argmin E||t - W' x~||^2 + damping mean(diag G) ||W' - W||_F^2, the ridge pulling towards W.
 
     Args: W_OI the layer's own weight; gram_II G~ = E[x~ x~^T]; target_OI E[t x~^T].
+    Returns: W*, and the damping if it had to be raised, else 0. Raises: SolverError.
     """
-    factor = ridged_cholesky(gram_II, damping)
-    return W_OI + torch.cholesky_solve((target_OI - W_OI @ gram_II).T, factor).T
+    factor, raised = ridged_cholesky(gram_II, damping)
+    return W_OI + torch.cholesky_solve((target_OI - W_OI @ gram_II).T, factor).T, raised

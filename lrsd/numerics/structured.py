@@ -39,13 +39,15 @@ class ColumnSplit:
     """The geometry of a kept column set J beside the free columns c.
 
     schur: G_cc - G_cJ G_JJ^-1 G_Jc, the metric in which L on c is fitted once S is free on J.
-    regression_KC: G_JJ^-1 G_Jc, which hands L's remaining error to the kept columns.
+    regression_KC: G_JJ^-1 G_Jc, which hands L's remaining error to the kept columns. damping: the ridge on
+    G_JJ if it had to be raised, else 0.
     """
 
     columns_K: Tensor
     free_C: Tensor
     schur_CC: Tensor
     regression_KC: Tensor
+    damping: float = 0.0
 
 
 def split_columns(gram_II: Tensor, columns_K: Tensor) -> ColumnSplit:
@@ -55,10 +57,10 @@ def split_columns(gram_II: Tensor, columns_K: Tensor) -> ColumnSplit:
     if columns_K.numel() == 0:
         return ColumnSplit(columns_K, free_C, gram_CC, gram_II[columns_K][:, free_C])
     gram_KC = gram_II[columns_K][:, free_C]
-    factor = ridged_cholesky(gram_II[columns_K][:, columns_K], _RIDGE)
+    factor, damping = ridged_cholesky(gram_II[columns_K][:, columns_K], _RIDGE)
     half_KC = torch.linalg.solve_triangular(factor, gram_KC, upper=False)
     regression_KC = torch.linalg.solve_triangular(factor.T, half_KC, upper=True)
-    return ColumnSplit(columns_K, free_C, gram_CC - half_KC.T @ half_KC, regression_KC)
+    return ColumnSplit(columns_K, free_C, gram_CC - half_KC.T @ half_KC, regression_KC, damping)
 
 
 def columns_spectrum(W_OI: Tensor, split: ColumnSplit) -> Spectrum:

@@ -370,7 +370,10 @@ def _read_packed(layer: str, layout: LayerFormat, owners: dict[str, Path]) -> Lo
             packed = LowRankSparseLinear(Shape(out_features, in_features), layout, tensors["weight"].dtype)
         for name, expected in packed.state_dict().items():
             found = tensors[name]
-            if found.shape != expected.shape or found.is_floating_point() != expected.is_floating_point():
+            fits = (
+                found.is_floating_point() if expected.is_floating_point() else found.dtype == expected.dtype
+            )
+            if found.shape != expected.shape or not fits:
                 raise ValueError(f"{name} is {found.dtype} {tuple(found.shape)}, not {tuple(expected.shape)}")
         packed.load_state_dict(tensors, assign=True)
         packed.check(layer)

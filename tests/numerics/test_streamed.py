@@ -57,5 +57,5 @@ def test_many_kept_columns(
 def test_propagated_target(generator: torch.Generator, cause: str) -> None:
     layer, gram_II = streamed_layer(generator, (48, 64), cause)
     t_TO = layer.x_TI @ layer.W_OI.T
-    target_OI = propagated_target(torch.zeros_like(layer.W_OI), gram_II, t_TO.T @ layer.x_TI / len(t_TO))
+    target_OI, _ = propagated_target(torch.zeros_like(layer.W_OI), gram_II, t_TO.T @ layer.x_TI / len(t_TO))
     assert layer.error(target_OI) < 1e-2

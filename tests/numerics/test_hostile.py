@@ -1,0 +1,146 @@
+"""Metrics and weights that break naive solvers: every solver gives a finite result no worse than nothing, and
+says what damping it took; what has no solution at all is a SolverError.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from lrsd.errors import SolverError
+from lrsd.numerics.lowrank import ridged_cholesky, spectrum
+from lrsd.numerics.quantize import DAMPING, feedback, round_to_grid, round_to_lattice
+from lrsd.numerics.solver import (
+    Decomposition,
+    columns_beside_codes,
+    decompose,
+    decompose_coded,
+    decompose_thresholded,
+    propagated_target,
+    relative_error,
+)
+from lrsd.numerics.structured import split_columns
+
+OUT, IN = 24, 32
+
+
+def orthogonal(generator: torch.Generator) -> Tensor:
+    return torch.linalg.qr(torch.randn(IN, IN, generator=generator, dtype=torch.float64))[0]
+
+
+def gram_of(x_TI: Tensor) -> Tensor:
+    return x_TI.T @ x_TI / len(x_TI)
+
+
+def tokens(count: int, generator: torch.Generator) -> Tensor:
+    return torch.randn(count, IN, generator=generator, dtype=torch.float64)
+
+
+def dead(generator: torch.Generator) -> Tensor:
+    x_TI = tokens(200, generator)
+    x_TI[:, ::3] = 0
+    return gram_of(x_TI)
+
+
+def outliers(generator: torch.Generator) -> Tensor:
+    x_TI = tokens(200, generator)
+    x_TI[0, 5] = 1e6
+    x_TI[:, 7] *= 1e4
+    return gram_of(x_TI)
+
+
+def conditioned(generator: torch.Generator) -> Tensor:
+    Q_II = orthogonal(generator)
+    return (Q_II * torch.logspace(0, -16, IN, dtype=torch.float64)) @ Q_II.T
+
+
+def indefinite(generator: torch.Generator) -> Tensor:
+    """As float32 sums leave it: some eigenvalues slightly negative."""
+    Q_II = orthogonal(generator)
+    values_I = torch.linspace(1, 0, IN, dtype=torch.float64)
+    values_I[-6:] = -1e-7
+    return (Q_II * values_I) @ Q_II.T
+
+
+METRICS: dict[str, Callable[[torch.Generator], Tensor]] = {
+    "all zero": lambda generator: torch.zeros(IN, IN, dtype=torch.float64),
+    "rank 1": lambda generator: gram_of(tokens(1, generator)),
+    "fewer tokens than channels": lambda generator: gram_of(tokens(5, generator)),
+    "dead channels": dead,
+    "huge outliers": outliers,
+    "condition 1e16": conditioned,
+    "indefinite": indefinite,
+    "tiny": lambda generator: gram_of(tokens(200, generator)) * 1e-30,
+    "vast": lambda generator: gram_of(tokens(200, generator)) * 1e30,
+}
+
+
+def coded(W_OI: Tensor, gram_II: Tensor, quantise: Callable[..., object], columns: int) -> Decomposition:
+    split, carry = columns_beside_codes(W_OI, gram_II, columns)
+    return decompose_coded(W_OI, gram_II, quantise, split, carry)
+
+
+SOLVERS: dict[str, Callable[[Tensor, Tensor], Decomposition]] = {
+    "low rank": lambda W, G: decompose(W, G, rank=6),
+    "columns": lambda W, G: decompose(W, G, rank=4, columns=5),
+    "rows": lambda W, G: decompose(W, G, rank=4, rows=5),
+    "thresholded": lambda W, G: decompose_thresholded(W, G, rank=4, columns=5, entries=40),
+    "lattice": lambda W, G: coded(W, G, lambda w, carry: round_to_lattice(w, carry, 1e-3), 0),
+    "grid": lambda W, G: coded(W, G, lambda w, carry: round_to_grid(w, carry, bits=4, group=8), 4),
+}
+
+
+@pytest.mark.parametrize("solver", SOLVERS)
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("weight", ["plain", "zero rows", "all zero", "outliers"])
+def test_every_solver_ends_finite_and_no_worse_than_nothing(
+    solver: str, metric: str, weight: str, generator: torch.Generator
+) -> None:
+    W_OI = torch.randn(OUT, IN, generator=generator, dtype=torch.float64)
+    if weight == "zero rows":
+        W_OI[::2] = 0
+    elif weight == "all zero":
+        W_OI.zero_()
+    elif weight == "outliers":
+        W_OI[3, 4] = 1e5
+    gram_II = METRICS[metric](generator)
+    found = SOLVERS[solver](W_OI, gram_II)
+    assert bool(torch.isfinite(found.dense()).all())
+    error = relative_error(W_OI, found.dense(), gram_II)
+    # A lattice of a step far above all outputs rounds to nothing; float32 codes add their own rounding.
+    assert 0 <= error <= 1 + 1e-5, found.status
+
+
+@pytest.mark.parametrize("metric", METRICS)
+def test_propagated_targets_stay_finite_and_near_the_weight(metric: str, generator: torch.Generator) -> None:
+    W_OI = torch.randn(OUT, IN, generator=generator, dtype=torch.float64)
+    gram_II = METRICS[metric](generator)
+    target_OI, damping = propagated_target(W_OI, gram_II, W_OI @ gram_II)
+    torch.testing.assert_close(target_OI, W_OI, rtol=1e-6, atol=1e-6)
+    assert damping == 0.0  # the usual one does for all of these
+
+
+def test_damping_is_raised_by_its_steps_and_told(generator: torch.Generator) -> None:
+    gram_II = indefinite(generator)
+    assert ridged_cholesky(gram_II, 1e-4)[1] == 0.0
+    assert ridged_cholesky(gram_II, 1e-10)[1] == pytest.approx(1e-6)  # two steps of a hundred
+    worse_II = gram_II - 0.02 * torch.eye(IN, dtype=torch.float64)
+    assert feedback(gram_II).damping == 0.0
+    assert feedback(worse_II).damping == pytest.approx(10 * DAMPING)
+    assert coded(torch.ones(OUT, IN, dtype=torch.float64), worse_II, lambda w, carry: round_to_lattice(
+        w, carry, 1e-3), 0).damping == pytest.approx(10 * DAMPING)  # fmt: skip
+    kept = torch.arange(IN // 2, IN)
+    assert split_columns(gram_II, kept).damping == ridged_cholesky(gram_II[kept][:, kept], 1e-10)[1]
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_has_no_solution_is_an_error(value: float, generator: torch.Generator) -> None:
+    gram_II = gram_of(tokens(100, generator))
+    gram_II[4, 4] = value
+    W_OI = torch.randn(OUT, IN, generator=generator, dtype=torch.float64)
+    for solve in (
+        lambda: ridged_cholesky(gram_II, 1e-4), lambda: feedback(gram_II), lambda: spectrum(W_OI, gram_II)
+    ):  # fmt: skip
+        with pytest.raises(SolverError):
+            solve()
