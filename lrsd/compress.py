@@ -1,5 +1,6 @@
 """The main job: model and text in, a compressed checkpoint directory out."""
 
+import math
 import platform
 import shutil
 import tempfile
@@ -35,7 +36,7 @@ from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
 from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, dense_bytes, plan_bytes
 from lrsd.plan import PLAN_STEP, Choice, choose_plan
-from lrsd.preflight import Needs, Residence, predict, require
+from lrsd.preflight import Needs, Residence, foretell, predict, require
 from lrsd.progress import Progress
 from lrsd.report import model_card
 from lrsd.storage.checkpoint import (
@@ -126,7 +127,7 @@ def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
     Raises: InputError if there is unfinished work and it is not to be resumed.
     """
     journal = Journal(partial_directory(output))
-    if journal.begun and not resume and not journal.has_blocks:
+    if journal.begun and not resume and not journal.finished_blocks:
         journal.remove()  # stopped before anything was finished
     if journal.begun and not resume:
         journal.close()
@@ -252,17 +253,21 @@ def prepare(
         journal.finish(TEXT_STEP, calibration_samples(loaded, identity, calibration, progress))
     samples = journal.read(TEXT_STEP, Samples)
     needs = predict(loaded.model, layout, samples, settings, residence, budget)
+    require(needs, journal.directory, limit)
+    batches = list(samples.split(settings.batch))
+    start = time.perf_counter()
+    replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.give_back)
+    per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
+    left = 1 - journal.finished_blocks / (2 * len(layout.blocks))
+    minutes = left * foretell(layout, per_batch, len(batches), settings) / 60
     if loaded.ignored:
         progress.note(
             f"{len(loaded.ignored)} tensors are no part of the model, {loaded.ignored[0]} among them"
         )
     progress.note(
-        f"needs about {needs.memory / 1e9:.2f} GB of memory, {needs.disk / 1e9:.2f} GB of disk"
-        + "; weights are read from their files in turns" * residence.in_turns
+        f"needs about {needs.memory / 1e9:.2f} GB of memory, {needs.disk / 1e9:.2f} GB of disk, "
+        f"{math.ceil(minutes)} min" + "; weights are read from their files in turns" * residence.in_turns
     )
-    require(needs, journal.directory, limit)
-    batches = samples.split(settings.batch)
-    replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.give_back)
     progress.stage("survey", len(layout.blocks))
     survey = survey_model(replay, samples, settings, progress.step, journal)
     choice = choose_plan(replay, survey, samples, budget, settings, progress, journal)

@@ -1,12 +1,14 @@
 """Before any expensive work: what a compression will take, and whether it is there."""
 
 import shutil
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -28,6 +30,13 @@ _CURVE = 150_000
 # Streams of hidden states on disk at once: entering block 0, entering this block, leaving it; with
 # propagation a dense and a compressed pair, and what the block's last layer closes with.
 _STREAMS = {False: 3, True: 6}
+# Time as multiples of one pass over the calibration text, for the survey and for the fit behind the prefix,
+# and of one product W G of every layer in float64, for codes and at 16 bit. Fitted to SmolLM2-135M on two
+# cores (`scripts/bench_peer_time.py`, `scripts/bench_time.py --bits 16`): a rough guess anywhere else.
+_SURVEY_PASSES, _FIT_PASSES = 1.5, 3
+_PRODUCTS = {True: 55, False: 120}
+# Side of the matrices by which the machine's speed is taken.
+_SIDE = 1024
 # A model that takes more than this share of the memory allowed is read from its files block by block.
 _RESIDENT = 1 / 4
 
@@ -143,6 +152,19 @@ def _solving(block: Block, replayed: int, value: int) -> Iterator[int]:
 def _vocabulary(model: PreTrainedModel) -> int:
     head = model.get_output_embeddings()
     return head.weight.shape[0] if head is not None else 0
+
+
+def foretell(layout: Layout, per_batch: float, batches: int, settings: CompressionSettings) -> float:
+    """Seconds that survey and fit will take, roughly. per_batch: those of one batch through all blocks."""
+    left = torch.randn(_SIDE, _SIDE, dtype=torch.float64)
+    start = time.perf_counter()
+    left @ left
+    per_product = (time.perf_counter() - start) / _SIDE**3
+    products = sum(s.shape.out_features * s.shape.in_features**2 for s in layout.linears.values())
+    coded = settings.entropy_coded or bool(settings.code_widths)
+    propagates = settings.propagate or (settings.propagate is None and not coded)
+    passes = _SURVEY_PASSES + _FIT_PASSES * propagates
+    return passes * per_batch * batches + _PRODUCTS[coded] * products * per_product
 
 
 def require(needs: Needs, directory: Path, limit: int | None) -> None:

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, PretrainedConfig
 
 # What a log line of the progress looks like: "survey: 2/2 model.layers.1 (0 s)".
-_PROGRESS = re.compile(r"[\w ./-]+: (\d+ steps|\d+/\d+ .*\(\d+ s\))|needs about .* of disk")
+_PROGRESS = re.compile(r"[\w ./-]+: (\d+ steps|\d+/\d+ .*\(\d+ s\))|needs about .* min")
 # Small enough that a run which should have failed earlier costs little.
 _SMALL = ("--samples", 8, "--seqlen", 32)
 

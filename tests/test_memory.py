@@ -18,7 +18,7 @@ from lrsd.errors import InputError, SettingsError
 from lrsd.memory import MappedFiles, current_rss, peak_rss, release_freed
 from lrsd.model.layout import find_layout
 from lrsd.model.samples import Samples
-from lrsd.preflight import Needs, Residence, predict
+from lrsd.preflight import Needs, Residence, foretell, predict
 
 
 def test_freed_blocks_go_back_to_the_system() -> None:
@@ -70,6 +70,15 @@ def test_samples_take_disk_not_memory(tiny_model_dir: Path) -> None:
         inputs = (64 + 64 + 64 + 160) if propagate else 0
         assert many.disk - few.disk == 2 * 32 * (streams * 64 + inputs)
         assert many.memory == pytest.approx(few.memory, rel=0.01)
+
+
+def test_the_time_foretold_grows_with_the_text_and_with_propagation(tiny_model_dir: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    layout = find_layout(model, Samples({"input_ids": torch.zeros(1, 8, dtype=torch.int64)}))
+    quick, slow = CompressionSettings(ratio=4), CompressionSettings(ratio=4, propagate=True)
+    assert foretell(layout, 60.0, 2, quick) == pytest.approx(180, rel=0.05)
+    assert foretell(layout, 60.0, 4, quick) == pytest.approx(360, rel=0.05)
+    assert foretell(layout, 60.0, 2, slow) == pytest.approx(540, rel=0.05)
 
 
 def test_what_does_not_fit_is_refused_before_any_work(

@@ -109,12 +109,12 @@ class Journal(Workspace):
     @property
     def worth_keeping(self) -> bool:
         """Whether a block is finished, or an earlier process began."""
-        return self.has_blocks or not self._mine
+        return self.finished_blocks > 0 or not self._mine
 
     @property
-    def has_blocks(self) -> bool:
-        """Whether more is finished than the reading of the calibration text."""
-        return len(self._seconds) > 1
+    def finished_blocks(self) -> int:
+        """Finished steps beyond the reading of the calibration text."""
+        return max(len(self._seconds) - 1, 0)
 
     def seconds(self, prefix: str) -> float:
         """Time that the steps of that name took, in whatever process."""
