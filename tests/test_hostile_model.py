@@ -90,6 +90,19 @@ def test_activations_beyond_float16_are_named(tiny_model_dir: Path, text_file: P
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_a_solution_beyond_float16_is_none(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    """Weights on a dead input: no output shows them, but their factor is larger than they are."""
+
+    def on_a_dead_input(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["model.layers.0.post_attention_layernorm.weight"][5] = 0
+        tensors["model.layers.0.mlp.up_proj.weight"][:, 5] = 6e4
+
+    model = changed(tiny_model_dir, tmp_path / "model", on_a_dead_input)
+    settings = CompressionSettings(ratio=1.5, method="svd-llm", dtype="float16")
+    with pytest.raises(BudgetError, match=r"^1 layers could not be solved .* model.layers.0.mlp.up_proj"):
+        run(model, text_file, tmp_path / "out", settings)
+
+
 @pytest.fixture
 def unsolvable(monkeypatch: pytest.MonkeyPatch) -> str:
     """One layer whose curve has no solution, and two that only the fit cannot solve."""
