@@ -100,6 +100,14 @@ def test_what_does_not_fit_is_refused_before_any_work(
     assert list((tmp_path / "work").iterdir()) == []
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells no more")
+def test_a_peak_is_that_of_this_process_not_of_the_one_that_started_it() -> None:
+    held = torch.ones(2**28)  # 1 GB
+    program = "from lrsd.memory import peak_rss; print(peak_rss())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert 2**26 < int(done.stdout) < held.nbytes
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives mapped files back")
 def test_weights_in_turns_give_the_same_bytes_with_less_memory(
     make_model: Any, tiny_llama: Any, text_file: Path, tmp_path: Path

@@ -483,8 +483,9 @@ def test_what_vllm_has_no_place_for_is_refused_with_a_remedy(plugin: ModuleType,
     stored = quantization_config(entropy)
     with pytest.raises(ValueError, match="--scope linear"):
         plugin.LrsdQuantizationConfig.from_config({**stored, "embeddings": ["model.embed_tokens"]})
+    experts = {"mlp.experts": {"gated": True, "transposed": False}}
     with pytest.raises(ValueError, match=r"mlp\.experts holds experts .*`lrsd export`"):
-        plugin.LrsdQuantizationConfig.from_config({**stored, "experts": {"mlp.experts": {"gated": True}}})
+        plugin.LrsdQuantizationConfig.from_config({**stored, "experts": experts})
     with pytest.raises(ValueError, match=r"q has a bias .*`--mean-correction`"):
         plugin.LrsdQuantizationConfig.from_config(
             {"layers": {"q": {"rank": 1, "bias": True, "added_bias": True}}}
