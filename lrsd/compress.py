@@ -129,6 +129,7 @@ def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
     journal = Journal(partial_directory(output))
     if journal.begun and not resume and not journal.finished_blocks:
         journal.remove()  # stopped before anything was finished
+        journal = Journal(journal.directory)
     if journal.begun and not resume:
         journal.close()
         raise InputError(

@@ -319,6 +319,19 @@ def test_unfinished_work_is_neither_overwritten_nor_shared(
     assert finished(partial) == stopped
 
 
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_run_killed_before_its_first_block_is_begun_anew(run: Run, partial: Path, resume: bool) -> None:
+    expected = run()
+    for content in ("", '{"model": "anot', '{"model": "another"}\n' if not resume else ""):
+        partial.mkdir(parents=True)
+        (partial / JOURNAL).write_text(content)
+        assert run(resume=resume) == expected
+    if not resume:  # the text of another run is no reason to refuse
+        partial.mkdir(parents=True)
+        (partial / JOURNAL).write_text('{"model": "another"}\n{"step": "text", "seconds": 1, "keep": []}\n')
+        assert run(resume=resume) == expected
+
+
 def test_a_resumed_run_reads_neither_text_nor_surveys_again(
     run: Run, stopped: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
