@@ -23,7 +23,7 @@ from lrsd.memory import allowed_memory, peak_rss
 from lrsd.model.embedding import embedding_names, pack_embeddings, packed_bytes
 from lrsd.model.experts import unfuse_experts
 from lrsd.model.hf import mark_packed
-from lrsd.model.layout import find_layout
+from lrsd.model.layout import Layout, find_layout
 from lrsd.model.load import (
     LoadedModel,
     check_finite,
@@ -234,27 +234,65 @@ def prepare(
     journal.claim(recipe=recipe(settings, calibration), environment=environment(settings))
     require_text(calibration.source, "--calib", features=calibration.source.endswith(".safetensors"))
     with clock("load"):
-        loaded = load_model(source, dtype=settings.dtype, device=settings.device)
-        if getattr(loaded.model, "is_quantized", False):
-            raise InputError(f"{source} is already compressed; compress the dense model it was made from")
-        unfuse_experts(loaded.model)
-        limit = allowed_memory() if memory is None else memory
-        residence = Residence(loaded.model, limit)
-        layout = find_layout(loaded.model, example(loaded), settings.selection)
-        for name, weight in residence.passing():
-            check_finite(name, weight)
-        identity = fingerprint(residence.passing())
-        linear = sum(spec.shape.dense_bytes for spec in layout.linears.values())
-        budget = linear_budget(loaded.model, linear, settings)
+        subject = load_subject(source, settings, allowed_memory() if memory is None else memory)
+        loaded, layout = subject.loaded, subject.layout
         # From here on the ratio is that of the linear weights, whatever it was asked of.
-        settings = replace(settings, ratio=linear / budget)
-        journal.claim(model=identity, text=text_identity(calibration.source))
+        linear = sum(spec.shape.dense_bytes for spec in layout.linears.values())
+        settings = replace(settings, ratio=linear / subject.budget)
+        journal.claim(model=subject.fingerprint, text=text_identity(calibration.source))
     journal.begin(loaded.model.device)
     if TEXT_STEP not in journal:
-        journal.finish(TEXT_STEP, calibration_samples(loaded, identity, calibration, progress))
+        text = calibration_samples(loaded, subject.fingerprint, calibration, progress)
+        journal.finish(TEXT_STEP, text)
     samples = journal.read(TEXT_STEP, Samples)
-    needs = predict(loaded.model, layout, samples, settings, residence, budget)
-    require(needs, journal.directory, limit)
+    replay, needs = start_replay(subject, samples, settings, progress, journal)
+    progress.stage("survey", len(layout.blocks))
+    survey = survey_model(replay, samples, settings, progress.step, journal)
+    choice = choose_plan(replay, survey, samples, subject.budget, settings, progress, journal)
+    return Prepared(
+        loaded, subject.fingerprint, samples, replay, survey, choice, subject.budget,
+        checkpoint_bytes(loaded.model), needs, spent(clock, journal),
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A dense model with finite weights, what is to be compressed of it, and within which bytes."""
+
+    loaded: LoadedModel
+    layout: Layout
+    residence: Residence
+    memory_limit: int | None
+    fingerprint: str
+    budget: int
+
+
+def load_subject(source: str, settings: CompressionSettings, memory_limit: int | None) -> Subject:
+    """Raises: InputError for a model that cannot be compressed, NumericsError for non-finite weights."""
+    loaded = load_model(source, dtype=settings.dtype, device=settings.device)
+    if getattr(loaded.model, "is_quantized", False):
+        raise InputError(f"{source} is already compressed; compress the dense model it was made from")
+    unfuse_experts(loaded.model)
+    residence = Residence(loaded.model, memory_limit)
+    layout = find_layout(loaded.model, example(loaded), settings.selection)
+    for name, weight in residence.passing():
+        check_finite(name, weight)
+    identity = fingerprint(residence.passing())
+    linear = sum(spec.shape.dense_bytes for spec in layout.linears.values())
+    budget = linear_budget(loaded.model, linear, settings)
+    return Subject(loaded, layout, residence, memory_limit, identity, budget)
+
+
+def start_replay(
+    subject: Subject, samples: Samples, settings: CompressionSettings, progress: Progress, journal: Journal
+) -> tuple[Replay, Needs]:
+    """The model ready to be run block by block, and what the rest will take; says so.
+
+    Raises: InputError if that is not there.
+    """
+    loaded, layout, residence = subject.loaded, subject.layout, subject.residence
+    needs = predict(loaded.model, layout, samples, settings, residence, subject.budget)
+    require(needs, journal.directory, subject.memory_limit)
     batches = list(samples.split(settings.batch))
     start = time.perf_counter()
     replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.give_back)
@@ -269,13 +307,7 @@ def prepare(
         f"needs about {needs.memory / 1e9:.2f} GB of memory, {needs.disk / 1e9:.2f} GB of disk, "
         f"{math.ceil(minutes)} min" + "; weights are read from their files in turns" * residence.in_turns
     )
-    progress.stage("survey", len(layout.blocks))
-    survey = survey_model(replay, samples, settings, progress.step, journal)
-    choice = choose_plan(replay, survey, samples, budget, settings, progress, journal)
-    whole = checkpoint_bytes(loaded.model)
-    return Prepared(
-        loaded, identity, samples, replay, survey, choice, budget, whole, needs, spent(clock, journal)
-    )
+    return replay, needs
 
 
 def spent(clock: Clock, journal: Journal) -> dict[str, float]:
