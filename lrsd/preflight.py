@@ -22,6 +22,9 @@ from lrsd.sensitivity import probe_rows
 # Square float64 matrices of a group's width held at once while its layers are solved: G, its parts, a
 # factor and an inverse; and weights in float64 or twice in float32.
 _SQUARES, _WEIGHTS = 5, 4
+# The same for a group that is fitted behind the compressed prefix: moments and cross moments of two parts,
+# their sums and a factor; own weights, targets and steps of all its layers together.
+_PAIR_SQUARES, _PAIR_WEIGHTS = 7, 8
 # Float32 copies of a probe's logits: of the dense model and of the perturbed one, their log-probabilities,
 # and a temporary.
 _LOGITS = 5
@@ -123,6 +126,8 @@ def predict(
     for block in layout.blocks:
         moments = sum(8 * group.in_features**2 for group in block.groups)
         working += [moments + size for size in _solving(block, replayed, value)]
+        if settings.propagate is not False:
+            working += [moments + size for size in _propagating(block)]
         widened = sum(4 * p.numel() for p in model.get_submodule(block.name).parameters())
         working.append(
             moments + outside + 2 * widened + 4 * _LOGITS * probe_rows(samples) * _vocabulary(model)
@@ -147,6 +152,14 @@ def _solving(block: Block, replayed: int, value: int) -> Iterator[int]:
     for group in block.groups:
         layer = group.in_features * max(spec.shape.out_features for spec in group.linears)
         yield 8 * (_SQUARES * group.in_features**2 + _WEIGHTS * layer)
+
+
+def _propagating(block: Block) -> Iterator[int]:
+    """Working sets of the groups that are fitted behind the compressed prefix."""
+    for group in block.groups:
+        rows = sum(spec.shape.out_features for spec in group.linears)
+        squares, weights = _PAIR_SQUARES * group.in_features**2, _PAIR_WEIGHTS * rows * group.in_features
+        yield 8 * (squares + weights)
 
 
 def _vocabulary(model: PreTrainedModel) -> int:
