@@ -1,5 +1,6 @@
 """Which plan: bytes shared among layers in several ways, the best on held-out text kept."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -77,19 +78,26 @@ def choose_plan(
     """
     workspace = Workspace() if workspace is None else workspace
     if PLAN_STEP not in workspace:
-        workspace.finish(PLAN_STEP, _choose(replay, survey, samples, budget, settings, progress, workspace))
+
+        def divergence(plan: Plan) -> float:
+            aside = workspace.new_stream("approximations")
+            try:
+                return _held_out_divergence(replay, survey, samples, plan, settings, aside)
+            finally:
+                aside.drop()
+
+        workspace.finish(PLAN_STEP, _choose(survey, budget, settings, progress, divergence))
     return workspace.read(PLAN_STEP, Choice)
 
 
 def _choose(
-    replay: Replay,
     survey: Survey,
-    samples: Samples,
     budget: int,
     settings: CompressionSettings,
     progress: Progress,
-    workspace: Workspace,
+    divergence: Callable[[Plan], float],
 ) -> Choice:
+    """divergence: the held-out KL of a plan, where plans are to be compared."""
     curves, sensitivity = survey.curves, survey.sensitivity
     floor = _FLOOR / settings.ratio
 
@@ -117,9 +125,7 @@ def _choose(
     progress.stage("compare plans", len(plans))
     compared = {}
     for name, plan in plans.items():
-        aside = workspace.new_stream("approximations")
-        compared[name] = _held_out_divergence(replay, survey, samples, plan, settings, aside)
-        aside.drop()
+        compared[name] = divergence(plan)
         progress.step(name)
     best = min(compared, key=compared.__getitem__)
     return choice(best, plans[best], compared)
