@@ -103,6 +103,7 @@ def compress(
     """
     progress, clock = progress or Progress(), Clock()
     with work_towards(output, resume) as journal, torch.inference_mode():
+        journal.claim(recipe=recipe(settings, calibration), environment=environment(settings))
         if WRITTEN not in journal:
             require_free(output)
             prepared = prepare(source, settings, calibration, progress, clock, journal, memory)
@@ -231,7 +232,6 @@ def prepare(
     memory: int | None = None,
 ) -> Prepared:
     """Load, read calibration text, survey, allocate; the last three where the journal does not have them."""
-    journal.claim(recipe=recipe(settings, calibration), environment=environment(settings))
     require_text(calibration.source, "--calib", features=calibration.source.endswith(".safetensors"))
     with clock("load"):
         subject = load_subject(source, settings, allowed_memory() if memory is None else memory)

@@ -275,6 +275,20 @@ def test_another_recipe_is_refused_by_name(run: Run, partial: Path, changes: Any
     assert finished(partial) == before
 
 
+def test_another_recipe_is_refused_of_a_run_that_only_has_to_be_moved(
+    run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = run()
+    with monkeypatch.context() as patch:
+        patch.setattr("lrsd.compress.move_into_place", lambda *arguments: _stop(0, None))
+        with pytest.raises(KeyboardInterrupt):
+            run()
+    assert finished(partial)[-1] == "written"
+    with pytest.raises(InputError, match=r"recipe\.seed was 0, is 1"):
+        run(seed=1)
+    assert run() == expected
+
+
 @pytest.mark.usefixtures("stopped")
 def test_another_model_text_or_environment_is_refused_by_name(
     run: Run,
