@@ -143,7 +143,7 @@ def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
         if journal.begun:
             if (isinstance(error, LrsdError) and error.final) or not journal.worth_keeping:
                 journal.remove()
-            else:
+            elif not isinstance(error, InputError):  # which says itself what to do
                 error.add_note(
                     f"finished work is kept in {journal.directory}; the same command with --resume goes on"
                 )

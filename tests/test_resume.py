@@ -270,8 +270,9 @@ def other_model(model: Path, place: Path) -> Path:
 )
 def test_another_recipe_is_refused_by_name(run: Run, partial: Path, changes: Any, field: str) -> None:
     before = finished(partial)
-    with pytest.raises(InputError, match=field):
+    with pytest.raises(InputError, match=field) as refusal:
         run(**changes)
+    assert not hasattr(refusal.value, "__notes__"), "no advice to repeat what was refused"
     assert finished(partial) == before
 
 
