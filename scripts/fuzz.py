@@ -214,7 +214,8 @@ def read(kind: str, fixtures: Fixtures) -> list[torch.Tensor]:
         shutil.rmtree(fixtures.exported, ignore_errors=True)
         export_dense(case, fixtures.exported)
         return list(load_model(str(fixtures.exported)).model.parameters())
-    loaded = load_model(str(case), device="cpu")
+    source = case / "model.gguf" if kind == "gguf" else case
+    loaded = load_model(str(source), device="cpu")
     tokenize(loaded.require_tokenizer(), "One sentence, then another.\n\n")
     try_running(loaded.model, example(loaded))
     return list(loaded.model.parameters())

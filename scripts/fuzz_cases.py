@@ -15,6 +15,7 @@ from random import Random
 from typing import Any
 
 import torch
+from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -110,6 +111,8 @@ def make_fixtures(root: Path) -> Fixtures:
     for name, size in (("dense", "5GB"), ("sharded", "60KB")):
         model.save_pretrained(base / name, max_shard_size=size)
         tokenizer.save_pretrained(base / name)
+    (base / "gguf").mkdir()
+    _write_gguf(base / "gguf" / "model.gguf", model, tokenizer)
     calibration = CalibrationSettings(source=str(text), samples=8, seqlen=32)
 
     def compressed(name: str, progress: Progress | None = None, **settings: Any) -> None:
@@ -149,6 +152,35 @@ def _tokenizer(text: Path) -> PreTrainedTokenizerFast:
     )
     bpe.train([str(text)], trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+
+
+def _write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
+    config = model.config
+    writer = GGUFWriter(path, "llama")
+    writer.add_name("fixture")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(10_000.0)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+    bpe = json.loads(tokenizer.backend_tokenizer.to_str())["model"]
+    writer.add_token_list(sorted(bpe["vocab"], key=bpe["vocab"].get))
+    writer.add_token_types([3, 3] + [1] * (config.vocab_size - 2))
+    writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
+    names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, weight in model.state_dict().items():
+        writer.add_tensor(names.get_name(name, (".weight",)), weight.float().numpy())
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
 
 
 # --- damage of any file -----------------------------------------------------------------------------
@@ -352,6 +384,25 @@ def damage_index(case: Path, rng: Random, outside: Path) -> None:
         shard.unlink()
 
 
+def damage_gguf(path: Path, rng: Random) -> None:
+    """Numbers of the header, most of them before the tokenizer or behind it, made absurd."""
+    content = bytearray(path.read_bytes())
+    begin, end = content.index(b"tokenizer."), content.index(b"token_embd.weight")
+    regions = ((4, begin), (begin, end), (end - 8, end + 1500))
+    for _ in range(rng.choice((1, 1, 1, 3))):
+        place = rng.randrange(*rng.choice(regions))
+        way = rng.randrange(4)
+        if way == 0:
+            content[place] ^= 1 << rng.randrange(8)
+        elif way == 1:
+            content[place] = rng.randrange(14)  # a type
+        else:
+            letter = rng.choice("IQ")
+            number = rng.choice((0, 1, 2, 1000, 10**6, 10**9, 2**31, 2**32 - 1, 10**12, 2**63, 2**64 - 1))
+            struct.pack_into(f"<{letter}", content, place, number % 2 ** (8 * struct.calcsize(letter)))
+    replace(path, bytes(content))
+
+
 def replace(path: Path, content: bytes = b"") -> None:
     path.unlink()
     path.write_bytes(content)
@@ -431,6 +482,10 @@ def program(fixtures: Fixtures, rng: Random) -> None:
         if rng.randrange(2):
             content |= {"model_type": "evil", "tokenizer_class": "Evil", "architectures": ["Evil"]}
         replace(case / file, json.dumps(content).encode())
+
+
+def gguf(fixtures: Fixtures, rng: Random) -> None:
+    rng.choice((damage_gguf, damage_gguf, damage_bytes))(fixtures.copy("gguf") / "model.gguf", rng)
 
 
 def packed_config(fixtures: Fixtures, rng: Random) -> None:
@@ -560,6 +615,7 @@ def recipe(fixtures: Fixtures, rng: Random) -> None:
 
 KINDS: dict[str, Callable[[Fixtures, Random], None]] = {
     "shard": dense_shard, "index": dense_index, "config": config, "side": side_file, "program": program,
+    "gguf": gguf,
     "packing": packed_config, "packed": packed_shard, "packed-index": packed_index,
     "export-packing": packed_config, "export": packed_shard, "export-index": packed_index,
     "manifest": manifest, "journal": journal, "text": text, "recipe": recipe,

@@ -27,7 +27,8 @@ from transformers.utils.hub import cached_file
 
 from lrsd.errors import InputError, LrsdError, NumericsError
 from lrsd.model.samples import Kind, kind_of
-from lrsd.storage.inventory import take_inventory
+from lrsd.storage.gguf_header import read_gguf_header
+from lrsd.storage.inventory import StoredTensor, take_inventory
 
 # Weights that a configuration may ask for per value stored: some models make others of their own; a packed
 # byte holds up to 32.
@@ -93,15 +94,14 @@ def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> Loa
 
 
 def _load(source: str, dtype: str, device: str) -> LoadedModel:
-    where, arguments, stored_as = _locate(source)
-    inventory = take_inventory(Path(where)) if not arguments else {}
+    where, arguments = _locate(source)
+    inventory = _inventory(where, arguments)
     target = resolve_device(device)
     transformers_logging.disable_progress_bar()
     with _unreadable(source), _errors_only():
         config = AutoConfig.from_pretrained(where, **_config_arguments(arguments))
         native = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
-        if inventory:
-            _check_size(source, config, sum(tensor.numel for tensor in inventory.values()))
+        _check_size(source, config, sum(tensor.numel for tensor in inventory.values()))
         loaded: Any = _model_class(config).from_pretrained(
             where, config=config, dtype=_resolve_dtype(dtype, native), trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **_safe(arguments),
@@ -115,8 +115,11 @@ def _load(source: str, dtype: str, device: str) -> LoadedModel:
         if model.main_input_name != "input_features":
             raise
     nn.Module.to(model, target)
+    stored_as = native
+    if arguments:
+        stored_as = "GGUF " + "/".join(sorted({t.dtype for t in inventory.values() if len(t.shape) > 1}))
     ignored = tuple(sorted(report["unexpected_keys"]))
-    return LoadedModel(model.eval(), tokenizer, source, stored_as or native, ignored)
+    return LoadedModel(model.eval(), tokenizer, source, stored_as, ignored)
 
 
 @contextmanager
@@ -204,8 +207,8 @@ def copy_processor(source: str, target: Path) -> None:
             shutil.copyfile(path, target / name)
 
 
-def _locate(source: str) -> tuple[str, dict[str, Any], str | None]:
-    """A local directory, further arguments for transformers, and how a GGUF file stores its weights."""
+def _locate(source: str) -> tuple[str, dict[str, Any]]:
+    """A local directory, and further arguments for transformers where a GGUF file in it is meant."""
     path = Path(source)
     if path.suffix == ".gguf" or path.is_file():
         if not path.is_file():
@@ -214,26 +217,23 @@ def _locate(source: str) -> tuple[str, dict[str, Any], str | None]:
             raise InputError(
                 f"{source}: expected a model directory, a hub id or a .gguf file, got another file"
             )
-        return str(path.parent), {"gguf_file": path.name}, _gguf_storage(path)
+        return str(path.parent), {"gguf_file": path.name}
     if path.is_dir():
-        return source, {}, None
+        return source, {}
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f"no such model directory: {source}")
     with _unreadable(f"{source}, which is no directory here, from the hub"):
-        return snapshot_download(source, allow_patterns=list(_HUB_FILES)), {}, None
+        return snapshot_download(source, allow_patterns=list(_HUB_FILES)), {}
 
 
-def _gguf_storage(path: Path) -> str:
+def _inventory(where: str, arguments: dict[str, Any]) -> dict[str, StoredTensor]:
+    """Raises: InputError for files that are not in order, or if what reads GGUF is not installed."""
+    if "gguf_file" not in arguments:
+        return take_inventory(Path(where))
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
-        raise InputError(f"reading {path.name} needs {' and '.join(missing)}: pip install 'lrsd[gguf]'")
-    from gguf import GGUFReader
-
-    try:
-        kinds = {tensor.tensor_type.name for tensor in GGUFReader(path).tensors if tensor.shape.size > 1}
-    except (ValueError, OSError, LookupError, OverflowError, MemoryError) as error:
-        raise InputError(f"{path} is not a readable GGUF file: {_first_line(error)}") from error
-    return f"GGUF {'/'.join(sorted(kinds))}"
+        raise InputError(f"reading a .gguf file needs {' and '.join(missing)}: pip install 'lrsd[gguf]'")
+    return read_gguf_header(Path(where) / arguments["gguf_file"])
 
 
 @contextmanager
