@@ -12,8 +12,6 @@ from torch import Tensor
 
 _MADV_DONTNEED = 4
 _M_MMAP_THRESHOLD = -3
-# Bytes from which a tensor is a large one.
-_LARGE = 2**20
 
 
 def peak_rss() -> int:
@@ -48,11 +46,11 @@ def release_freed() -> None:
         trim(0)
 
 
-def give_back_large() -> None:
-    """Have the C library (glibc) give every large tensor back to the system as soon as it is freed, where
-    otherwise it learns to keep them: costs time, but leaves no holes between them."""
+def give_back_freed(large: int) -> None:
+    """Have the C library (glibc) give every tensor of at least `large` bytes back to the system as soon as it
+    is freed, where otherwise it learns to keep them: leaves no holes between them, but costs time."""
     if sys.platform.startswith("linux") and hasattr(_libc(), "mallopt"):
-        _libc().mallopt(_M_MMAP_THRESHOLD, _LARGE)
+        _libc().mallopt(_M_MMAP_THRESHOLD, large)
 
 
 class MappedFiles:

@@ -1,14 +1,17 @@
 """Which plan: bytes shared among layers in several ways, the best on held-out text kept."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from torch import nn
 
 from lrsd.config import CompressionSettings
 from lrsd.curves import metric
 from lrsd.errors import BudgetError
-from lrsd.model.layout import exchange_weight, read_weight
+from lrsd.memory import release_freed
+from lrsd.model.layout import LinearSpec, exchange_weight, read_weight
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples, answer, distance, run_model
 from lrsd.model.streams import Stream
@@ -35,8 +38,8 @@ _SMALL_KL = 0.1
 # better one at 1.25x and 16 bit and at every ratio with codes; at 16 bit and 2x, several nats, it need not
 # be.
 _TRUSTED_KL = 0.3
-# Samples on which plans are compared: their dense logits are held in memory meanwhile.
-_COMPARED_SAMPLES = 4
+# Samples on which plans are compared, and tokens of each: the logits of one are in memory, twice.
+_COMPARED_SAMPLES, _COMPARED_TOKENS = 8, 256
 # Least fraction of the average bytes that the allocation may leave a layer: sensitivities are
 # local, and a layer far below the average has an error they say nothing about.
 _FLOOR = 0.3
@@ -57,6 +60,11 @@ class Choice:
     expected_kl: float | None
     propagate: bool
     compared: dict[str, float] = field(default_factory=dict)
+
+
+def compared_rows(samples: Samples) -> int:
+    """Rows of logits of one sample on which plans are compared."""
+    return samples[:1].cut(_COMPARED_TOKENS).positions
 
 
 def choose_plan(
@@ -155,30 +163,49 @@ def _held_out_divergence(
 ) -> float:
     """KL(dense || planned) per token on the held-out samples, all layers fitted without propagation.
 
-    aside: where the fitted weights are kept meanwhile.
+    aside: where the dense answers and the fitted weights are kept meanwhile.
     """
     model = replay.model
-    held_out = list(samples[-max(1, len(samples) // HELD_OUT) :][:_COMPARED_SAMPLES].split(1))
-    originals: dict[str, nn.Parameter] = {}
-    reference = [answer(run_model(model, sample)) for sample in held_out]
-    for group in replay.layout.groups:
-        metric_II = metric(settings, survey.moments[group.name])
-        carry = feedback(metric_II) if has_codes(settings) else None
-        gram_II = metric_II.float()
-        for spec in group.linears:
-            layer, curve = plan[spec.name], survey.curves[spec.name]
-            if not layer.is_dense:
+    last = samples[-max(1, len(samples) // HELD_OUT) :]
+    held_out = list(last[:_COMPARED_SAMPLES].cut(_COMPARED_TOKENS).split(1))
+    for sample in held_out:
+        aside.append(answer(run_model(model, sample)))
+    with ExitStack() as replaced:
+        for group in replay.layout.groups:
+            metric_II = metric(settings, survey.moments[group.name])
+            carry = feedback(metric_II) if has_codes(settings) else None
+            gram_II = metric_II.float()
+            for spec in group.linears:
+                layer, curve = plan[spec.name], survey.curves[spec.name]
+                if layer.is_dense:
+                    continue
+                W_OI = read_weight(model, spec)
                 # Columns and rows as surveyed: to improve them here would take most of the time.
-                found = solve_layer(
-                    read_weight(model, spec), gram_II, layer, curve, settings, carry=carry, alternate=False
-                )
+                found = solve_layer(W_OI, gram_II, layer, curve, settings, carry=carry, alternate=False)
+                replaced.enter_context(_weight_read(model, spec, aside, len(aside)))
                 aside.append(found.dense().to(model.dtype))
-                originals[spec.name] = exchange_weight(model, spec, aside.mapped(len(aside) - 1))
-    try:
+            release_freed()
         total = 0.0
-        for sample, dense in zip(held_out, reference, strict=True):
-            total += distance(model, dense, answer(run_model(model, sample)))
+        for number, sample in enumerate(held_out):
+            total += distance(model, aside[number], answer(run_model(model, sample)))
         return total / len(held_out)
+
+
+@contextmanager
+def _weight_read(model: nn.Module, spec: LinearSpec, stream: Stream, number: int) -> Iterator[None]:
+    """A layer whose weight is read from a stream whenever it runs, and in memory no longer than that."""
+    module = model.get_submodule(spec.name)
+    original = module.weight
+
+    def enter(module: nn.Module, args: Any) -> None:
+        exchange_weight(model, spec, stream[number])
+
+    def leave(module: nn.Module, args: Any, output: Any) -> None:
+        module.weight = original
+
+    hooks = module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
+    try:
+        yield
     finally:
-        for name, weight in originals.items():
-            model.get_submodule(name).weight = weight
+        for hook in hooks:
+            hook.remove()

@@ -4,7 +4,7 @@ Writes random bfloat16 weights tensor by tensor, then runs `lrsd compress` in a 
 capped, which kills it if it needs more; compares the peak with the prediction. Needs root, or a control
 group that may be written to, and about one and a half times the checkpoint of disk.
 Example:
-  python scripts/out_of_core.py --cap 1.15GB --layers 136 --directory /scratch
+  python scripts/out_of_core.py --cap 1.15GB --layers 156 --directory /scratch -- --no-propagate
 """
 
 import argparse
@@ -75,11 +75,14 @@ class ControlGroup:
 def main() -> None:
     options = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     options.add_argument("--cap", default="1.15GB", help="memory that the control group allows")
-    options.add_argument("--layers", type=int, default=136)
+    options.add_argument("--layers", type=int, default=156)
     options.add_argument("--hidden", type=int, default=1024)
     options.add_argument("--intermediate", type=int, default=2816)
     options.add_argument("--directory", default=None, help="where checkpoint and output go (temporary files)")
-    options.add_argument("more", nargs="*", help="further options of lrsd compress, behind --")
+    options.add_argument(
+        "more", nargs="*", default=["--no-propagate"],
+        help="further options of lrsd compress, behind -- (--no-propagate)",
+    )  # fmt: skip
     args = options.parse_args()
     cap = parse_size(args.cap)
     config = LlamaConfig(

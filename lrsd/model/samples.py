@@ -20,6 +20,8 @@ from lrsd.errors import InputError
 # target from features of sound; encoder: anything else over token ids, a classifier or a bare encoder.
 Kind = Literal["causal", "masked", "seq2seq", "speech", "encoder"]
 _TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
+# Logits compared at once: a large vocabulary's take more than the model's blocks, several times over.
+DISTANCE_VALUES = 2**21
 
 
 def kind_of(model: PreTrainedModel) -> Kind:
@@ -106,13 +108,17 @@ def distance(model: PreTrainedModel, reference: Tensor, found: Tensor) -> float:
 
     The latter is what KL comes to for a small change of an output that has a Gaussian's noise.
     """
-    if chooses(model, reference):
-        first, second = log_softmax(found, -1), log_softmax(reference, -1)
-        total = kl_div(first, second, reduction="sum", log_target=True)
-    else:
-        norms = reference.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-        total = ((found - reference).square().sum(-1) / norms).sum() / 2
-    return max(float(total), 0.0) / len(reference)
+    total, choice = 0.0, chooses(model, reference)
+    rows = max(1, DISTANCE_VALUES // reference.shape[-1])
+    for known, other in zip(reference.split(rows), found.split(rows), strict=True):
+        if choice:
+            first, second = log_softmax(other, -1), log_softmax(known, -1)
+            part = kl_div(first, second, reduction="sum", log_target=True)
+        else:
+            norms = known.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
+            part = ((other - known).square().sum(-1) / norms).sum() / 2
+        total += float(part)
+    return max(total, 0.0) / len(reference)
 
 
 def chooses(model: PreTrainedModel, found: Tensor) -> bool:

@@ -26,10 +26,6 @@ class Stream:
     def __iter__(self) -> Iterator[Tensor]:
         return (self[batch] for batch in range(len(self)))
 
-    def mapped(self, batch: int) -> Tensor:
-        """The same tensor as long as the stream is there, where it need not take memory when not in use."""
-        return self[batch]
-
     def drop(self) -> None:
         """Forget everything: nobody will read this stream again."""
         self._batches.clear()

@@ -248,13 +248,10 @@ class StreamOnDisk(Stream):
         self._count += 1
 
     def __getitem__(self, batch: int) -> Tensor:
-        # A copy: products may differ in their last bits with a tensor's place in memory.
-        return self.mapped(batch).to(self._device, copy=True)
-
-    def mapped(self, batch: int) -> Tensor:
         try:
             with safe_open(self._path(batch), framework="pt") as file:
-                return file.get_tensor("hidden")
+                # A copy: products may differ in their last bits with a tensor's place in memory.
+                return file.get_tensor("hidden").to(self._device, copy=True)
         except (OSError, SafetensorError) as error:
             raise CheckpointError(f"{self._path(batch)} cannot be read: {error}") from error
 
