@@ -138,6 +138,7 @@ def _fit_block(
         pair = None
         if streams is not None and group.aligned:
             pair = pair_moments(replay, index, group, streams)
+            release_freed()
         try:
             if pair is not None:
                 aims = _propagated_aims(model, group, pair)
@@ -256,13 +257,18 @@ def _propagated_aims(model: nn.Module, group: InputGroup, pair: Pair) -> dict[st
         own_OI = W_OI @ (cross.mean if not pair.closes else gram_II)
         return own_OI + cross.mean if pair.closes else own_OI
 
-    moments, cross = pair.fit + pair.held_out, pair.fit_cross + pair.held_out_cross
-    gram_II, fit_II, held_out_II = moments.gram, pair.fit.gram, pair.held_out.gram
-    step_OI = propagated_target(W_OI, fit_II, target(fit_II, pair.fit_cross))[0] - W_OI
+    def solved(gram_II: Tensor, cross: CrossMoments) -> tuple[Tensor, float]:
+        return propagated_target(W_OI, gram_II, target(gram_II, cross))
+
+    step_OI = solved(pair.fit.gram, pair.fit_cross)[0] - W_OI
+    held_out_II = pair.held_out.gram
     missing_OI = target(held_out_II, pair.held_out_cross) - W_OI @ held_out_II
     curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
     slopes_O = (step_OI * missing_OI).sum(1)
-    full_OI, damping = propagated_target(W_OI, gram_II, target(gram_II, cross))
+    del held_out_II, missing_OI, step_OI  # matrices of a wide layer's inputs take gigabytes
+    moments, cross = pair.fit + pair.held_out, pair.fit_cross + pair.held_out_cross
+    gram_II = moments.gram
+    full_OI, damping = solved(gram_II, cross)
     input_mean_I = moments.mean
     target_mean_O = W_OI @ cross.target_mean if not pair.closes else W_OI @ input_mean_I + cross.target_mean
     aims, end = {}, 0

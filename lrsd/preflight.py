@@ -24,8 +24,8 @@ from lrsd.sensitivity import probe_rows
 # factor and an inverse; and weights in float64 or twice in float32.
 _SQUARES, _WEIGHTS = 5, 4
 # The same for a group that is fitted behind the compressed prefix: moments and cross moments of two parts,
-# their sums and a factor; own weights, targets and steps of all its layers together.
-_PAIR_SQUARES, _PAIR_WEIGHTS = 7, 8
+# their sums, G, damped, and its factor; own weights, targets and steps of all its layers together.
+_PAIR_SQUARES, _PAIR_WEIGHTS = 9, 8
 # Float32 copies of logits while two models' are compared: their log-probabilities, and what becomes of them.
 _COPIES = 5
 # Python objects of a layer's curve.
@@ -91,10 +91,11 @@ class Residence:
         release_freed()
         return current_rss()
 
-    def weights(self, layout: Layout) -> int:
-        """Bytes of mapped weights that will be in memory at once: all, or those of one block and of none."""
+    def weights(self, layout: Layout, budget: int) -> int:
+        """Bytes of mapped weights that will be in memory at once: all, beside those that take their place,
+        or those of one block and of none."""
         if not self.in_turns:
-            return self._bytes(self._model)
+            return self._bytes(self._model) + budget
         blocks = [self._bytes(self._model.get_submodule(block.name)) for block in layout.blocks]
         return self._bytes(self._model) - sum(blocks) + max(blocks)
 
@@ -139,7 +140,9 @@ def predict(
         logits = compared_rows(samples) * vocabulary
         working.append(value * logits + _comparing(logits))
     working.append(min(parse_size(settings.shard_size), kept + budget))
-    memory = residence.at_rest() + residence.weights(layout) + _CURVE * len(layout.linears) + max(working)
+    memory = (
+        residence.at_rest() + residence.weights(layout, budget) + _CURVE * len(layout.linears) + max(working)
+    )
     propagate = settings.propagate is not False
     stored = sum(2 * group.in_features**2 for group in layout.groups)
     streams = _STREAMS[propagate] * layout.stream_width

@@ -73,7 +73,10 @@ class Moments:
     @property
     def gram(self) -> Tensor:
         """G = E[x x^T], (I, I) float64, per token."""
-        return (self._upper_II.triu() + self._upper_II.triu(1).T) / max(self.count, 1)
+        gram_II = self._upper_II.triu()
+        gram_II += self._upper_II.triu(1).T
+        gram_II /= max(self.count, 1)
+        return gram_II
 
     @property
     def mean(self) -> Tensor:
