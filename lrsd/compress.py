@@ -269,7 +269,7 @@ class Subject:
 
 def load_subject(source: str, settings: CompressionSettings, memory_limit: int | None) -> Subject:
     """Raises: InputError for a model that cannot be compressed, NumericsError for non-finite weights."""
-    loaded = load_model(source, dtype=settings.dtype, device=settings.device)
+    loaded = load_model(source, dtype=settings.dtype, device=settings.device, memory=memory_limit)
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{source} is already compressed; compress the dense model it was made from")
     unfuse_experts(loaded.model)

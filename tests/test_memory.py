@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
 from typing import Any
 
@@ -17,6 +18,7 @@ from lrsd.config import CalibrationSettings, CompressionSettings, parse_size
 from lrsd.errors import InputError, SettingsError
 from lrsd.memory import MappedFiles, current_rss, peak_rss, release_freed
 from lrsd.model.layout import find_layout
+from lrsd.model.load import load_model
 from lrsd.model.samples import Samples
 from lrsd.preflight import Needs, Residence, foretell, predict
 
@@ -105,6 +107,20 @@ def test_what_does_not_fit_is_refused_before_any_work(
         with pytest.raises(InputError, match=r"of disk, .* has 0\.00 GB"):
             run()
     assert list((tmp_path / "work").iterdir()) == []
+
+
+def test_weights_to_be_converted_must_fit_before_they_are_read(
+    tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    load_model(str(tiny_model_dir), memory=1)  # bfloat16 stays in its files
+    copytree(tiny_model_dir, tmp_path / "wide")
+    model.float().save_pretrained(tmp_path / "wide")
+    nbytes = 2 * sum(parameter.numel() for parameter in model.parameters())
+    load_model(str(tmp_path / "wide"), memory=nbytes)
+    monkeypatch.setattr(type(model), "from_pretrained", lambda *args, **kw: pytest.fail("it was read"))
+    with pytest.raises(InputError, match=r"is converted to bfloat16 in memory, .* or allow more"):
+        load_model(str(tmp_path / "wide"), memory=nbytes - 1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells no more")

@@ -3,7 +3,7 @@
 import hashlib
 import importlib.util
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -33,6 +33,10 @@ from lrsd.storage.inventory import StoredTensor, take_inventory
 # Weights that a configuration may ask for per value stored: some models make others of their own; a packed
 # byte holds up to 32.
 _ASKED, _ASKED_PACKED = 2, 40
+# Safetensors' names of the types that models compute in.
+_STORED_AS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+# Bytes per weight of a GGUF tensor while it is decoded: codes, scales and products in float32.
+_DECODING = 12
 # A tokenizer that makes more tokens than this of a character, tried on these, is a bomb: bytes are the least.
 _PROBE_TEXT, _MOST_TOKENS = "The quick brown fox jumps over the lazy dog.", 8
 # Values checked at once: the check takes a few bytes for each.
@@ -81,19 +85,22 @@ class LoadedModel:
         return limit - max(offsets, default=0)
 
 
-def load_model(source: str, *, dtype: str = "auto", device: str = "auto") -> LoadedModel:
+def load_model(
+    source: str, *, dtype: str = "auto", device: str = "auto", memory: int | None = None
+) -> LoadedModel:
     """Load a model, with the head that its configuration names, and its tokenizer; remote code and pickles
     are never run.
 
     Args: source: directory of safetensors, .gguf file, or hub id; dtype: "auto" keeps a 16-bit
-        model as it is and turns any other into bfloat16; device: "auto" is cuda where there is one.
-    Raises: InputError naming what is missing or unreadable.
+        model as it is and turns any other into bfloat16; device: "auto" is cuda where there is one;
+        memory: bytes that may be taken by weights that are not used as they are stored.
+    Raises: InputError naming what is missing, unreadable or too large.
     """
     with _gguf_parsed_once():
-        return _load(source, dtype, device)
+        return _load(source, dtype, device, memory)
 
 
-def _load(source: str, dtype: str, device: str) -> LoadedModel:
+def _load(source: str, dtype: str, device: str, memory: int | None) -> LoadedModel:
     where, arguments = _locate(source)
     inventory = _inventory(where, arguments)
     target = resolve_device(device)
@@ -101,9 +108,11 @@ def _load(source: str, dtype: str, device: str) -> LoadedModel:
     with _unreadable(source), _errors_only():
         config = AutoConfig.from_pretrained(where, **_config_arguments(arguments))
         native = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        computed = _resolve_dtype(dtype, native)
         _check_size(source, config, sum(tensor.numel for tensor in inventory.values()))
+        _check_room(source, inventory, computed, memory)
         loaded: Any = _model_class(config).from_pretrained(
-            where, config=config, dtype=_resolve_dtype(dtype, native), trust_remote_code=False,
+            where, config=config, dtype=computed, trust_remote_code=False,
             output_loading_info=True, ignore_mismatched_sizes=True, **_safe(arguments),
         )  # fmt: skip
     model, report = loaded
@@ -144,6 +153,22 @@ def _check_size(source: str, config: PretrainedConfig, stored: int) -> None:
     most = stored * (_ASKED_PACKED if getattr(config, "quantization_config", None) else _ASKED)
     if asked > most:
         raise InputError(f"{source}: config.json asks for {asked:,} weights, the files hold {stored:,}")
+
+
+def _check_room(
+    source: str, inventory: Mapping[str, StoredTensor], computed: torch.dtype, memory: int | None
+) -> None:
+    """Raises: InputError if the weights that are converted, and so cannot stay in their files, do not fit."""
+    sizes = [t.numel for t in inventory.values() if t.dtype != _STORED_AS[computed]]
+    needed = computed.itemsize * sum(sizes)
+    if source.endswith(".gguf"):
+        needed += _DECODING * max(sizes, default=0)
+    if memory is not None and needed > memory:
+        raise InputError(
+            f"{source} is converted to {str(computed).removeprefix('torch.')} in memory, which takes about "
+            f"{needed / 1e9:.2f} GB, {memory / 1e9:.2f} GB are allowed; convert it to safetensors of that "
+            "type on a larger machine, or allow more with --memory"
+        )
 
 
 def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
