@@ -1,6 +1,7 @@
 """`lrsd`: the commands and their options. lrsd itself is imported only when a command runs."""
 
 import json
+import re
 import signal
 import sys
 import tomllib
@@ -334,9 +335,9 @@ def _settings(options: dict[str, Any]) -> tuple[Any, Any]:
     rank = str(options["rank"])
     if rank == "energy":
         options["allocation"] = "energy"
-    if rank not in ("auto", "energy") and not rank.isdigit():
-        raise SettingsError(f"rank must be auto, energy or a whole number, got {rank!r}")
-    options["rank"] = int(rank) if rank.isdigit() else None
+    if rank not in ("auto", "energy") and not re.fullmatch("[0-9]{1,9}", rank):
+        raise SettingsError(f"rank must be auto, energy or a whole number, got {rank!r:.40}")
+    options["rank"] = None if rank in ("auto", "energy") else int(rank)
     settings = CompressionSettings(
         ratio=parse_ratio(str(options["ratio"])), **{key: options[key] for key in SETTINGS_KEYS}
     )

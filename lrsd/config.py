@@ -17,6 +17,10 @@ Scope = Literal["linear", "checkpoint"]
 Dtype = Literal["auto", "bfloat16", "float16"]
 
 
+# Tokens to calibrate on at most: thousands of times what is of use.
+_MOST_TOKENS = 2**30
+
+
 @dataclass(frozen=True, kw_only=True)
 class CalibrationSettings:
     """The text whose activations the fit is made on.
@@ -33,6 +37,10 @@ class CalibrationSettings:
     def __post_init__(self) -> None:
         _at_least("samples", self.samples, 2)
         _at_least("seqlen", self.seqlen, 8)
+        if self.samples * self.seqlen > _MOST_TOKENS:
+            raise SettingsError(
+                f"{self.samples:,} samples of {self.seqlen:,} tokens are more than {_MOST_TOKENS:,} in all"
+            )
         _at_least("seed", self.seed, 0)
         if self.seed >= 2**63:
             raise SettingsError(f"seed must be below 2^63, got {self.seed}")
@@ -172,11 +180,14 @@ def parse_ratio(text: str) -> float:
 
 def parse_size(text: str) -> int:
     """ "4GiB", "500MB" or "2G" in bytes; GB are 10^9, GiB and G 2^30. Raises: SettingsError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])(i?B)?\s*", text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])(i?B)?\s*", text, re.ASCII)
     if not match or float(match[1]) == 0:
         raise SettingsError(f"a size must look like 4GiB, 500MB or 2G, got {text!r}")
     base = 1000 if match[3] == "B" else 1024
-    return int(float(match[1]) * base ** ("KMGT".index(match[2]) + 1))
+    size = float(match[1]) * base ** ("KMGT".index(match[2]) + 1)
+    if not math.isfinite(size):
+        raise SettingsError(f"a size must look like 4GiB, 500MB or 2G, got {text[:20]}...")
+    return int(size)
 
 
 def _at_least(name: str, value: int, least: int) -> None:

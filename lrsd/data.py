@@ -4,20 +4,22 @@ import csv
 import hashlib
 import os
 from collections.abc import Iterator
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsd.config import CalibrationSettings
-from lrsd.errors import InputError
+from lrsd.errors import InputError, StorageError
 from lrsd.model.load import LoadedModel, panics
 from lrsd.model.samples import Samples
 from lrsd.progress import Progress
+from lrsd.storage.files import refusals, write_tensors
 from lrsd.storage.inventory import parse_json, read_header
 
 # Hub data sets by short name: path, configuration, and the column that holds the text.
@@ -63,6 +65,8 @@ def require_text(source: str, option: str, *, features: bool = False) -> None:
     Raises: InputError for what is no regular file, or larger than any text is worth.
     """
     path = Path(source)
+    if source == "self" or (source in _KNOWN and not path.is_file()):
+        return
     if path.is_dir():
         raise InputError(f"{option}: expected a text or JSONL file, {source} is a directory")
     if path.exists() and not path.is_file():
@@ -159,13 +163,14 @@ def read_pairs(source: str) -> list[tuple[str, str]]:
     if path.suffix != ".jsonl" or not path.is_file():
         return []
     require_text(source, "--calib")
-    rows = _json_rows(path)
-    if not rows or "source" not in rows[0]:
-        return []
-    for number, row in enumerate(rows, 1):
+    pairs = []
+    for number, row in enumerate(_json_rows(path), 1):
+        if number == 1 and "source" not in row:
+            return []
         if not isinstance(row.get("source"), str) or not isinstance(row.get("target"), str):
             raise InputError(f'{path}:{number}: expected an object with texts as "source" and "target"')
-    return [(row["source"], row["target"]) for row in rows]
+        pairs.append((row["source"], row["target"]))
+    return pairs
 
 
 def packed_pairs(
@@ -297,9 +302,9 @@ def self_calibration(
     """
     name = f"self-{fingerprint}-{calibration.seed}-{calibration.samples}x{calibration.seqlen}.safetensors"
     path = _cache_directory() / name
-    if path.is_file():
+    if (kept := _kept_tokens(path, calibration, len(tokenizer))) is not None:
         progress.note(f"calibration text from {path}")
-        return load_file(path)["tokens"]
+        return kept
     generator = torch.Generator().manual_seed(calibration.seed)
     progress.stage("sample calibration text", calibration.samples)
     special = set(tokenizer.all_special_ids)
@@ -311,11 +316,24 @@ def self_calibration(
         for _ in start:
             progress.step("")
     tokens = torch.cat(parts)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_suffix(f".{os.getpid()}.partial")
-    save_file({"tokens": tokens}, aside)
-    aside.replace(path)
+    try:
+        with refusals(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, {"tokens": tokens})
+    except StorageError as error:
+        progress.note(f"the calibration text is not kept for other runs: {error}")
     return tokens
+
+
+def _kept_tokens(path: Path, calibration: CalibrationSettings, vocabulary: int) -> Tensor | None:
+    """Text that an earlier run sampled; None if there is none, or it is damaged."""
+    try:
+        tokens = load_file(path)["tokens"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    size = (calibration.samples, calibration.seqlen)
+    sound = tokens.dtype == torch.int64 and tokens.shape == size
+    return tokens if sound and int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary else None
 
 
 def _sample(
@@ -387,20 +405,17 @@ def _read_file(path: Path) -> str:
     return _join(rows)
 
 
-def _json_rows(path: Path) -> list[dict[str, Any]]:
+def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a JSONL file. Raises: InputError for a line that is none."""
-    rows = []
     # Not splitlines(): a text may hold other line breaks than that of JSONL.
-    text = _read_utf8(path).removesuffix("\n")
-    for number, line in enumerate(text.split("\n") if text else [], 1):
+    for number, line in enumerate(StringIO(_read_utf8(path), newline="\n"), 1):
         try:
             row = parse_json(line)
         except ValueError:
             row = None
         if not isinstance(row, dict):
             raise InputError(f'{path}:{number}: expected a JSON object with a "text" field')
-        rows.append(row)
-    return rows
+        yield row
 
 
 def _stream_rows(source: str, split: str, option: str) -> Iterator[str]:
