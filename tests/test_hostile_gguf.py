@@ -50,9 +50,17 @@ HOSTILE = {
         file(field("x", ARRAY, entries(UINT8, 2**60)), fields=1),
         "1,152,921,504,606,846,976 entries",
     ),
-    "a list beyond the file": (file(field("x", ARRAY, entries(UINT32, 10**6)), fields=1), "ends within"),
+    "a list beyond the file": (file(field("x", ARRAY, entries(UINT32, 4000)), fields=1), "ends within"),
+    "a million entries, all there": (
+        file(field("x", ARRAY, entries(UINT8, 10**6)) + bytes(10**6), fields=1),
+        "1,000,000 entries, at most 19,",
+    ),
+    "a token without end": (
+        file(field("x", ARRAY, entries(STRING, 1) + text("x" * 400_000)), fields=1),
+        "tokens should have 400,000 bytes",
+    ),
     "lists of lists": (file(field("x", ARRAY, entries(ARRAY, 1)), fields=1), "list of type 9"),
-    "an unknown type": (file(field("x", 77, b""), fields=1), "list of type 77"),
+    "an unknown type": (file(field("x", 77, b""), fields=1), "field of type 77"),
     "no text": (file(struct.pack("<Q", 1) + b"\xff", fields=1), "can't decode"),
     "blocks without end": (
         file(ARCHITECTURE, field("llama.block_count", UINT32, struct.pack("<I", 10**9)), fields=2),

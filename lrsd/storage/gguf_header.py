@@ -15,9 +15,11 @@ _VERSIONS = (2, 3)
 # struct's letter for every type of a single value; then the types of strings and of arrays.
 _NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
-# Far above real files: 262,144 tokens with scores, types and merges make 1.3 million entries, which the
-# reader takes apart one by one.
-_MOST_ENTRIES, _MOST_TENSORS, _MOST_DIMENSIONS = 2**22, 2**17, 4
+# Far above real files: 262,144 tokens with scores, types and merges make 1.3 million entries.
+_MOST_ENTRIES, _MOST_TENSORS, _MOST_DIMENSIONS = 2**21, 2**17, 4
+# A reader takes the entries of lists apart one by one, in some 10 us and 700 bytes, and a token in the square
+# of its length. Real files have more than 150 bytes for each entry, and no token of 300.
+_BYTES_PER_ENTRY, _FREE_ENTRIES, _LONGEST_ENTRY = 64, 2**12, 2**10
 # Settings that transformers makes as many modules of, without asking whether there is a weight for each;
 # experts share theirs.
 _COUNTS, _FREE_COUNT = ("block_count", "expert_count"), 256
@@ -102,18 +104,26 @@ class _Header:
         kind = self.number("I")
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
-        self._skip_values(*((self.number("I"), self.number("Q")) if kind == _ARRAY else (kind, 1)))
+        if kind == _STRING:
+            self._skip(self.number("Q"))
+        elif kind == _ARRAY:
+            self._skip_values(self.number("I"), self.number("Q"))
+        else:
+            raise ValueError(f"it has a field of type {kind}")
         return None
 
     def _skip_values(self, kind: int, count: int) -> None:
         self._entries += count
-        if self._entries > _MOST_ENTRIES:
-            raise ValueError(f"its lists should have {self._entries:,} entries, at most {_MOST_ENTRIES:,}")
+        most = min(_FREE_ENTRIES + len(self._content) // _BYTES_PER_ENTRY, _MOST_ENTRIES)
+        if self._entries > most:
+            raise ValueError(f"its lists should have {self._entries:,} entries, at most {most:,}")
         if kind in _NUMBERS:
             self._skip(count * struct.calcsize(_NUMBERS[kind]))
         elif kind == _STRING:
             for _ in range(count):
-                self._skip(self.number("Q"))
+                if (length := self.number("Q")) > _LONGEST_ENTRY:
+                    raise ValueError(f"one of its tokens should have {length:,} bytes")
+                self._skip(length)
         else:
             raise ValueError(f"it has a list of type {kind}")
 

@@ -20,12 +20,20 @@ CONFIG_NAME = "config.json"
 # Bounds far above real files: an index of 10^5 tensors takes 10 MB, a tokenizer of 256,000 tokens 35 MB, the
 # header of a shard with 10^5 tensors 12 MB.
 _LARGEST_JSON, _LARGEST_HEADER = 2**26, 2**25
+# Files of weights: those that are read are named by an index or by their kind, the others are left alone.
+_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
+# Digits of a number of 64 bits, and of what tokenizers call no limit, 10^30.
+_DIGITS, _NO_LIMIT_DIGITS = 20, 31
 # Types a dense weight may be stored in. Others are codes of some quantisation, or no weights at all.
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # Settings that transformers makes as many modules or entries of, without asking whether there is a weight.
-_COUNTS = re.compile(r"(num_.*layers|n_layers?|(en|de)coder_layers|n(um)?_.*experts|num_labels)")
+_COUNTS = re.compile(
+    r"(num_.*layers|n_layers?|(en|de)coder_layers|n(um)?_.*experts|num_labels|block_sizes|attention_types)"
+)
 # Modules that a configuration may ask for beyond one per tensor: some have no weights.
 _FREE_COUNT = 1000
+# Times by which a tokenizer's replacements may together lengthen a text: honest ones put three bytes for one.
+_GROWTH = 100
 
 
 @dataclass(frozen=True)
@@ -48,6 +56,7 @@ def take_inventory(directory: Path) -> dict[str, StoredTensor]:
         tensor that two shards hold; for a configuration that asks for more than could be there.
     """
     _check_kind(directory)
+    _check_tokenizer(directory)
     found: dict[str, StoredTensor] = {}
     for shard in shard_paths(directory):
         for name, tensor in read_header(shard):
@@ -109,14 +118,15 @@ def require_inside(directory: Path, path: Path) -> Path:
     return path
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Raises: InputError if the file is not a JSON object, or larger than any honest one."""
+def read_json(path: Path, digits: int = _DIGITS) -> dict[str, Any]:
+    """digits: of the longest number. Raises: InputError if the file is not a JSON object, or larger than any
+    honest one."""
     if not path.is_file():
         raise InputError(f"{path} is missing, or no regular file")
     if path.stat().st_size > _LARGEST_JSON:
         raise InputError(f"{path} has {path.stat().st_size:,} bytes, at most {_LARGEST_JSON:,} are read")
     try:
-        content = parse_json(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_text(encoding="utf-8"), digits)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON: {error}") from error
     if not isinstance(content, dict):
@@ -124,26 +134,27 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def parse_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes, digits: int = _DIGITS) -> Any:
     """`json.loads`, with ValueError for all that is wrong: nesting without end, numbers beyond 64 bits."""
+
+    def integer(written: str) -> int:
+        if len(written) > digits:
+            raise ValueError(f"a number of {len(written)} digits")
+        return int(written)
+
     try:
-        return json.loads(text, parse_int=_integer)
+        return json.loads(text, parse_int=integer)
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-
-
-def _integer(digits: str) -> int:
-    if len(digits) > 20:
-        raise ValueError(f"a number of {len(digits)} digits")
-    return int(digits)
 
 
 def _check_kind(directory: Path) -> None:
     if not (directory / CONFIG_NAME).is_file():
         raise InputError(f"{directory} holds no {CONFIG_NAME}; expected a transformers model directory")
-    for name in (CONFIG_NAME, "tokenizer.json", "tokenizer_config.json", "generation_config.json"):
-        path = directory / name
-        if path.exists() and require_inside(directory, path).stat().st_size > _LARGEST_JSON:
+    for path in (*directory.iterdir(), *directory.glob("*/*.jinja")):
+        if not path.is_dir() and path.suffix not in _WEIGHTS:
+            require_inside(directory, path)
+        if path.suffix == ".json" and path.is_file() and path.stat().st_size > _LARGEST_JSON:
             raise InputError(f"{path} has {path.stat().st_size:,} bytes, at most {_LARGEST_JSON:,} are read")
     if (directory / "adapter_config.json").exists():
         raise InputError(f"{directory} holds an adapter; merge it into its base model first")
@@ -156,6 +167,26 @@ def _check_kind(directory: Path) -> None:
             "convert it to safetensors first (save_pretrained does)"
         )
     raise InputError(f"{directory} holds no .safetensors file")
+
+
+def _check_tokenizer(directory: Path) -> None:
+    """Raises: InputError for tokenizer files of other names, and for replacements that together make a text
+    so much longer that the first words would fill the memory."""
+    settings, tokenizer = directory / "tokenizer_config.json", directory / "tokenizer.json"
+    if settings.is_file() and (names := read_json(settings, _NO_LIMIT_DIGITS).get("fast_tokenizer_files")):
+        raise InputError(f"{settings} names tokenizer files, {names!r:.80}; only tokenizer.json is read")
+    if not tokenizer.is_file():
+        return
+    growth, parts = 1, [read_json(tokenizer).get("normalizer")]
+    while parts:
+        part = parts.pop()
+        if isinstance(part, dict):
+            if isinstance(content := part.get("content"), str):
+                growth *= max(len(content), 1)
+            if isinstance(inner := part.get("normalizers"), list):
+                parts += inner
+        if growth > _GROWTH:
+            raise InputError(f"{tokenizer}: its normalizer makes a text {growth:,} times longer, or more")
 
 
 def read_header(shard: Path) -> Iterator[tuple[str, StoredTensor]]:
@@ -198,7 +229,19 @@ def _check_counts(config: dict[str, Any], most: int) -> None:
             _check_counts(value, most)
         if key == "id2label" and isinstance(value, dict) and len(value) > most:
             raise InputError(f"{CONFIG_NAME}: {len(value):,} labels, more than the files have tensors")
-        if _COUNTS.fullmatch(key) and isinstance(value, int | float) and not 0 <= value <= most:
-            raise InputError(f"{CONFIG_NAME}: {key} is {value:,}, expected 0 to {most:,} for these files")
+        for number in _numbers(value) if _COUNTS.fullmatch(key) else ():
+            if not 0 <= number <= most:
+                raise InputError(
+                    f"{CONFIG_NAME}: {key} is {number:,}, expected 0 to {most:,} for these files"
+                )
         if "attn_implementation" in key and "/" in str(value):
             raise InputError(f"{CONFIG_NAME}: {key} {value!r:.80} would fetch code; leave it out")
+
+
+def _numbers(value: Any) -> Iterator[int | float]:
+    """A number, or those of a list of lists."""
+    if isinstance(value, list):
+        for entry in value:
+            yield from _numbers(entry)
+    elif isinstance(value, int | float):
+        yield value
