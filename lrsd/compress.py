@@ -1,5 +1,6 @@
 """The main job: model and text in, a compressed checkpoint directory out."""
 
+import json
 import math
 import platform
 import shutil
@@ -13,34 +14,29 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from lrsd.config import CalibrationSettings, CompressionSettings, plain, recipe
-from lrsd.data import calibration_samples, example, require_text, text_identity
-from lrsd.errors import BudgetError, InputError, LrsdError
+from lrsd.data import calibration_samples
+from lrsd.errors import InputError, LrsdError
 from lrsd.fit import Fitted, fit_blocks
-from lrsd.memory import allowed_memory, peak_rss
-from lrsd.model.embedding import embedding_names, pack_embeddings, packed_bytes
-from lrsd.model.experts import unfuse_experts
+from lrsd.memory import peak_rss
+from lrsd.model.embedding import embedding_names, pack_embeddings
 from lrsd.model.hf import mark_packed
-from lrsd.model.layout import Layout, find_layout
 from lrsd.model.load import (
     LoadedModel,
-    check_finite,
     copy_processor,
-    fingerprint,
-    load_model,
     resolve_device,
 )
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
-from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, dense_bytes, plan_bytes
+from lrsd.numerics.allocate import LayerCurve, dense_bytes, plan_bytes
 from lrsd.plan import PLAN_STEP, Choice, choose_plan
-from lrsd.preflight import Needs, Residence, foretell, predict, require
+from lrsd.preflight import Needs, foretell, predict, require
 from lrsd.progress import Progress
 from lrsd.report import model_card
 from lrsd.storage.checkpoint import (
     CARD_NAME,
+    MANIFEST_NAME,
     RECIPE_NAME,
     LayerRecord,
     Manifest,
@@ -48,19 +44,19 @@ from lrsd.storage.checkpoint import (
     publish,
     read_manifest,
     require_free,
+    require_place,
     stored_bytes,
     write_manifest,
     write_model,
 )
 from lrsd.storage.files import refusals, sync, write_json
-from lrsd.storage.journal import Journal, partial_directory
+from lrsd.storage.journal import Journal, difference, partial_directory
+from lrsd.subject import Subject, checkpoint_bytes, load_subject
 from lrsd.survey import Survey, survey_model
 
 # Steps of the journal besides those of the blocks; where the checkpoint is written to.
 TEXT_STEP, WRITTEN = "text", "written"
 _CHECKPOINT = "checkpoint"
-# Of the linear weights, where 8-bit embeddings alone already meet the ratio of the checkpoint.
-_LEAST_RATIO = 1.001
 # Time of the fit over time of the survey, with propagation and without, as `scripts/bench_time.py` and
 # `scripts/bench_peer_time.py` measured it on SmolLM2-135M; for the dry run's guess only.
 _FIT_PER_SURVEY = {True: 1.5, False: 0.3}
@@ -102,11 +98,19 @@ def compress(
     Raises: LrsdError; nothing is left at `output` then.
     """
     progress, clock = progress or Progress(), Clock()
+    require_place(output)
     with work_towards(output, resume) as journal, torch.inference_mode():
         journal.claim(recipe=recipe(settings, calibration), environment=environment(settings))
-        if WRITTEN not in journal:
+        finished = resume and not journal.begun and (output / MANIFEST_NAME).is_file()
+        if not finished and WRITTEN not in journal:
             require_free(output)
-            prepared = prepare(source, settings, calibration, progress, clock, journal, memory)
+        with clock("load"):
+            subject = load_subject(source, settings, calibration, memory)
+        if finished:
+            return require_same(output, subject, settings, calibration)
+        journal.claim(model=subject.fingerprint, text=subject.text)
+        if WRITTEN not in journal:
+            prepared = prepare(subject, settings, calibration, progress, clock, journal)
             fitted = fit_blocks(
                 prepared.replay,
                 prepared.survey,
@@ -118,6 +122,24 @@ def compress(
             )
             write_checkpoint(prepared, fitted, journal, settings, calibration, clock)
         return move_into_place(journal, output)
+
+
+def require_same(
+    output: Path, subject: Subject, settings: CompressionSettings, calibration: CalibrationSettings
+) -> Manifest:
+    """The manifest of a result that is there already. Raises: InputError if it is another command's."""
+    manifest = read_manifest(output)
+    found = {"model": manifest.base_fingerprint, "calib": manifest.calibration, **manifest.settings}
+    asked = {"model": subject.fingerprint, "calib": _described(calibration, subject), **plain(settings)}
+    if differs := difference(found, json.loads(json.dumps(asked))):
+        raise InputError(
+            f"{output} holds the result of another run: {differs}; choose another output directory"
+        )
+    return manifest
+
+
+def _described(calibration: CalibrationSettings, subject: Subject) -> dict[str, Any]:
+    return {**asdict(calibration), "text": subject.text}
 
 
 @contextmanager
@@ -165,8 +187,7 @@ def move_into_place(journal: Journal, output: Path) -> Manifest:
 class Prepared:
     """Everything known before the first layer is changed; what `--dry-run` shows."""
 
-    loaded: LoadedModel
-    fingerprint: str
+    subject: Subject
     samples: Samples
     replay: Replay
     survey: Survey
@@ -175,6 +196,10 @@ class Prepared:
     checkpoint_bytes: int
     needs: Needs
     seconds: dict[str, float]
+
+    @property
+    def loaded(self) -> LoadedModel:
+        return self.subject.loaded
 
     @property
     def curves(self) -> dict[str, LayerCurve]:
@@ -219,27 +244,25 @@ def dry_run(
         closing(Journal(Path(scratch))) as journal,
         torch.inference_mode(),
     ):
-        return prepare(source, settings, calibration, progress or Progress(), Clock(), journal, memory)
+        clock = Clock()
+        with clock("load"):
+            subject = load_subject(source, settings, calibration, memory)
+        return prepare(subject, settings, calibration, progress or Progress(), clock, journal)
 
 
 def prepare(
-    source: str,
+    subject: Subject,
     settings: CompressionSettings,
     calibration: CalibrationSettings,
     progress: Progress,
     clock: Clock,
     journal: Journal,
-    memory: int | None = None,
 ) -> Prepared:
-    """Load, read calibration text, survey, allocate; the last three where the journal does not have them."""
-    require_text(calibration.source, "--calib", features=calibration.source.endswith(".safetensors"))
-    with clock("load"):
-        subject = load_subject(source, settings, allowed_memory() if memory is None else memory)
-        loaded, layout = subject.loaded, subject.layout
-        # From here on the ratio is that of the linear weights, whatever it was asked of.
-        linear = sum(spec.shape.dense_bytes for spec in layout.linears.values())
-        settings = replace(settings, ratio=linear / subject.budget)
-        journal.claim(model=subject.fingerprint, text=text_identity(calibration.source))
+    """Read calibration text, survey, allocate, where the journal does not have it."""
+    loaded, layout = subject.loaded, subject.layout
+    # From here on the ratio is that of the linear weights, whatever it was asked of.
+    linear = sum(spec.shape.dense_bytes for spec in layout.linears.values())
+    settings = replace(settings, ratio=linear / subject.budget)
     journal.begin(loaded.model.device)
     if TEXT_STEP not in journal:
         text = calibration_samples(loaded, subject.fingerprint, calibration, progress)
@@ -250,37 +273,9 @@ def prepare(
     survey = survey_model(replay, samples, settings, progress.step, journal)
     choice = choose_plan(replay, survey, samples, subject.budget, settings, progress, journal)
     return Prepared(
-        loaded, subject.fingerprint, samples, replay, survey, choice, subject.budget,
-        checkpoint_bytes(loaded.model), needs, spent(clock, journal),
+        subject, samples, replay, survey, choice, subject.budget, checkpoint_bytes(loaded.model), needs,
+        spent(clock, journal),
     )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Subject:
-    """A dense model with finite weights, what is to be compressed of it, and within which bytes."""
-
-    loaded: LoadedModel
-    layout: Layout
-    residence: Residence
-    memory_limit: int | None
-    fingerprint: str
-    budget: int
-
-
-def load_subject(source: str, settings: CompressionSettings, memory_limit: int | None) -> Subject:
-    """Raises: InputError for a model that cannot be compressed, NumericsError for non-finite weights."""
-    loaded = load_model(source, dtype=settings.dtype, device=settings.device, memory=memory_limit)
-    if getattr(loaded.model, "is_quantized", False):
-        raise InputError(f"{source} is already compressed; compress the dense model it was made from")
-    unfuse_experts(loaded.model)
-    residence = Residence(loaded.model, memory_limit)
-    layout = find_layout(loaded.model, example(loaded), settings.selection)
-    for name, weight in residence.passing():
-        check_finite(name, weight)
-    identity = fingerprint(residence.passing())
-    linear = sum(spec.shape.dense_bytes for spec in layout.linears.values())
-    budget = linear_budget(loaded.model, linear, settings)
-    return Subject(loaded, layout, residence, memory_limit, identity, budget)
 
 
 def start_replay(
@@ -316,30 +311,6 @@ def spent(clock: Clock, journal: Journal) -> dict[str, float]:
     return clock.seconds | {phase: journal.seconds(prefix) for phase, prefix in steps.items()}
 
 
-def linear_budget(model: PreTrainedModel, linear: int, settings: CompressionSettings) -> int:
-    """Bytes that the linear weights may take, `linear` being what they take at 16 bit.
-
-    Raises: BudgetError if what else is in the checkpoint leaves nothing for them.
-    """
-    if settings.scope == "linear":
-        return int(linear / settings.ratio)
-    whole = checkpoint_bytes(model)
-    dense, packed = packed_bytes(model, embedding_names(model))
-    rest = whole - linear - dense + packed
-    budget = int(whole / settings.ratio) - rest
-    if budget <= 0:
-        raise BudgetError(
-            f"ratio {settings.ratio:.4g}x leaves {int(whole / settings.ratio):,} bytes for the checkpoint, "
-            f"but embeddings at 8 bit and norms alone take {rest:,}; try a ratio below {whole / rest:.3g}x"
-        )
-    return min(budget, int(linear / _LEAST_RATIO))
-
-
-def checkpoint_bytes(model: PreTrainedModel) -> int:
-    """Bytes of all weights at 16 bit, tied ones once."""
-    return sum(VALUE_BYTES * parameter.numel() for parameter in model.parameters())
-
-
 def write_checkpoint(
     prepared: Prepared,
     fitted: dict[str, Fitted],
@@ -370,11 +341,11 @@ def write_checkpoint(
         files = digests(directory)
     manifest = Manifest(
         base_model=Path(prepared.loaded.source).name,
-        base_fingerprint=prepared.fingerprint,
+        base_fingerprint=prepared.subject.fingerprint,
         base_stored_as=loaded.stored_as,
         lrsd_version=version("lrsd"),
         environment=environment(settings),
-        calibration=asdict(calibration),
+        calibration=_described(calibration, prepared.subject),
         settings=plain(settings),
         ratio=total / added,
         checkpoint_ratio=prepared.checkpoint_bytes / stored_bytes(directory),

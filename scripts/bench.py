@@ -186,7 +186,7 @@ class SharedSurvey:
         bench = self.bench
         self.model = deepcopy(bench.dense.model)
         self.layout = find_layout(self.model, example(bench.dense))
-        identity = fingerprint(self.model.state_dict().items())
+        identity = fingerprint(self.dense)
         with torch.inference_mode():
             self.samples = calibration_samples(bench.dense, identity, bench.calibration, Progress())
             replay = Replay.start(self.model, self.layout, self.samples.split(8))

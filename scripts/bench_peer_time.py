@@ -37,7 +37,7 @@ def main() -> None:
         model, tokens = Path(place, "dense"), Path(place, "tokens.safetensors")
         dense.model.save_pretrained(model)
         dense.require_tokenizer().save_pretrained(model)
-        identity = fingerprint(dense.model.state_dict().items())
+        identity = fingerprint(dense)
         drawn = calibration_samples(dense, identity, bench.calibration, Progress())
         save_file({"tokens": drawn.inputs["input_ids"]}, tokens)
         threads = str(torch.get_num_threads())

@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.util
+import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,6 +35,9 @@ from lrsd.storage.inventory import StoredTensor, take_inventory
 # Weights that a configuration may ask for per value stored: some models make others of their own; a packed
 # byte holds up to 32.
 _ASKED, _ASKED_PACKED = 2, 40
+# Tensors that it may ask for beyond twice those stored, and bytes of tables that are not stored, of positions
+# or masks. A fused tensor becomes several; GPT-2's masks take a megabyte per block.
+_FREE_TENSORS, _TABLES = 1000, 2**28
 # Safetensors' names of the types that models compute in.
 _STORED_AS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 # Bytes per weight of a GGUF tensor while it is decoded: codes, scales and products in float32.
@@ -109,7 +114,7 @@ def _load(source: str, dtype: str, device: str, memory: int | None) -> LoadedMod
         config = AutoConfig.from_pretrained(where, **_config_arguments(arguments))
         native = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
         computed = _resolve_dtype(dtype, native)
-        _check_size(source, config, sum(tensor.numel for tensor in inventory.values()))
+        _check_size(source, config, inventory)
         _check_room(source, inventory, computed, memory)
         loaded: Any = _model_class(config).from_pretrained(
             where, config=config, dtype=computed, trust_remote_code=False,
@@ -143,16 +148,34 @@ def _unreadable(source: str) -> Iterator[None]:
         raise InputError(f"cannot load {source}: {_first_line(error)}") from error
 
 
-def _check_size(source: str, config: PretrainedConfig, stored: int) -> None:
-    """Raises: InputError if a configuration asks for more weights than there are, before they take memory."""
+def _check_size(source: str, config: PretrainedConfig, inventory: Mapping[str, StoredTensor]) -> None:
+    """Raises: InputError if a configuration asks for more weights than there are, before they take memory
+    or time."""
     model_class = _model_class(config)
     make = getattr(model_class, "_from_config", None) or model_class.from_config
-    with torch.device("meta"):
-        model = make(config)
+    packed = bool(getattr(config, "quantization_config", None))
+    stored = sum(tensor.numel for tensor in inventory.values())
+    most = stored * (_ASKED_PACKED if packed else _ASKED)
+    tensors = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal tensors
+        tensors += 1
+        if tensors > _ASKED * len(inventory) + _FREE_TENSORS:
+            raise InputError(f"{source}: config.json asks for more than {len(inventory):,} tensors")
+
+    watched = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            model = make(config)
+    finally:
+        watched.remove()
     asked = sum(parameter.numel() for parameter in model.parameters())
-    most = stored * (_ASKED_PACKED if getattr(config, "quantization_config", None) else _ASKED)
     if asked > most:
         raise InputError(f"{source}: config.json asks for {asked:,} weights, the files hold {stored:,}")
+    tables = sum(buffer.nbytes for buffer in model.buffers())
+    if tables > _TABLES + stored:
+        raise InputError(f"{source}: config.json asks for tables of {tables:,} bytes beside the weights")
 
 
 def _check_room(
@@ -171,12 +194,23 @@ def _check_room(
         )
 
 
-def fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
-    """A short hash of all weights with their names, shapes and types."""
+def fingerprint(loaded: LoadedModel, weights: Iterable[tuple[str, Tensor]] | None = None) -> str:
+    """A short hash of what a model answers by: all weights with their names, shapes and types, its
+    configuration, its tokenizer. weights: the model's, one after the other, where they are not all in memory.
+    """
+    model, tokenizer = loaded.model, loaded.tokenizer
     digest = hashlib.sha256()
-    for name, tensor in weights:
+    for name, tensor in model.state_dict().items() if weights is None else weights:
         digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    generation = getattr(model, "generation_config", None)
+    config = {key: value for key, value in model.config.to_dict().items() if key != "_name_or_path"}
+    about: list[Any] = [config, generation.to_dict() if generation is not None else None]
+    if tokenizer is not None:
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
+        about += [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]
+    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
     return digest.hexdigest()[:16]
 
 

@@ -183,6 +183,23 @@ def verify(directory: Path) -> Manifest:
     return manifest
 
 
+def require_place(directory: Path) -> None:
+    """Raises: InputError for an output directory that no finished one can be renamed to."""
+    if directory.is_symlink():
+        reason = "is a link"
+    elif directory.absolute().name in ("", ".."):
+        reason = "has no name of its own"
+    elif directory.is_mount():
+        reason = "is a mount point"
+    elif directory.is_dir() and directory.samefile("."):
+        reason = "is the current directory"
+    else:
+        return
+    raise InputError(
+        f"output directory {directory} {reason}; name one that is not there yet, like {directory / 'out'}"
+    )
+
+
 def require_free(directory: Path) -> None:
     """Raises: InputError if the output directory exists and is not empty."""
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
@@ -192,6 +209,7 @@ def require_free(directory: Path) -> None:
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
     """A directory that appears under its name only when complete: written aside, synced, renamed."""
+    require_place(target)
     require_free(target)
     target = target.absolute()
     with refusals(target):
@@ -316,8 +334,12 @@ def _dense_tensors(
                     progress(experts)
             elif layer in packed.embeddings:
                 if part == "weight":
-                    scales = _read_tensor(owners, f"{layer}.scales")
-                    dense[key] = file.get_tensor(key).to(scales.dtype) * scales[:, None]
+                    scales, codes = _read_tensor(owners, f"{layer}.scales"), file.get_tensor(key)
+                    if scales.shape != codes.shape[:1]:
+                        raise CheckpointError(
+                            f"{layer} has {len(codes)} rows and {tuple(scales.shape)} scales"
+                        )
+                    dense[key] = codes.to(scales.dtype) * scales[:, None]
             elif layer not in formats:
                 dense[key] = file.get_tensor(key)
             elif part == "weight":

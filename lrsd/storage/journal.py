@@ -31,6 +31,7 @@ T = TypeVar("T")
 
 JOURNAL = "journal.jsonl"
 _STREAM = ".stream"
+_WAIT = "wait for it or stop it, then repeat the command with --resume"
 
 
 def partial_directory(output: Path) -> Path:
@@ -123,9 +124,9 @@ class Journal(Workspace):
     def claim(self, **claims: Any) -> None:
         """Say what this run is. Raises: InputError naming what differs from the run that began here."""
         claims = json.loads(json.dumps(claims))
-        if self.begun and (difference := _difference(self._claims, claims)):
+        if self.begun and (differs := difference(self._claims, claims)):
             raise InputError(
-                f"{self.directory} holds the work of another run: {difference}; repeat its command, choose "
+                f"{self.directory} holds the work of another run: {differs}; repeat its command, choose "
                 "another output directory, or delete it"
             )
         if not self.begun:
@@ -144,6 +145,10 @@ class Journal(Workspace):
             self.directory.mkdir(parents=True, exist_ok=True)
             sync(self.directory.parent)
             self._lock()
+            assert self._file is not None
+            if os.fstat(self._file.fileno()).st_size > 0:
+                self.close()
+                raise InputError(f"another lrsd began in {self.directory} meanwhile; {_WAIT}")
             self._append(self._claims)
             sync(self.directory)
 
@@ -153,7 +158,10 @@ class Journal(Workspace):
             self._file = None
 
     def remove(self) -> None:
-        """Delete the directory, the journal itself last."""
+        """Delete the directory. What a journal without lines leaves behind counts as nothing."""
+        assert self._file is not None
+        self._file.truncate(0)
+        os.fsync(self._file)
         for path in self.directory.iterdir():
             if path.name != JOURNAL:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -198,9 +206,8 @@ class Journal(Workspace):
             content = self._file.read()
             whole = content.rfind(b"\n") + 1  # an interruption may leave half a line at the end
             lines = [json.loads(line) for line in content[:whole].splitlines()]
-            if not lines:  # stopped before it began
-                self.close()
-                (self.directory / JOURNAL).unlink()
+            if not lines:  # stopped before it began, or while it was removed
+                self.remove()
                 return
             self._file.truncate(whole)
             self._claims = dict(lines[0])
@@ -221,9 +228,10 @@ class Journal(Workspace):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.close()
-            raise InputError(
-                f"another lrsd is at work in {self.directory}; wait for it, or stop it"
-            ) from error
+            raise InputError(f"another lrsd is at work in {self.directory}; {_WAIT}") from error
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            self.close()
+            raise InputError(f"another lrsd has just ended in {self.directory}; repeat the command")
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self._file is not None
@@ -274,12 +282,12 @@ class StreamOnDisk(Stream):
         return self._directory / f"{batch:05d}.safetensors"
 
 
-def _difference(before: dict[str, Any], now: dict[str, Any], where: str = "") -> str | None:
+def difference(before: dict[str, Any], now: dict[str, Any], where: str = "") -> str | None:
     """The first field of `now` that `before` has otherwise, with both values."""
     for key, value in now.items():
         name, known = f"{where}{key}", before.get(key)
         if isinstance(value, dict) and isinstance(known, dict):
-            if inner := _difference(known, value, f"{name}."):
+            if inner := difference(known, value, f"{name}."):
                 return inner
         elif value != known:
             return f"{name} was {known!r}, is {value!r}"
