@@ -488,6 +488,9 @@ CASES: list[tuple[str, Case, str, int]] = [
     ("negative seed", option("--seed", -1), "seed must be at least 0", 2),
     ("samples in words", option("--samples", "many"), "not a valid integer", 2),
     ("rank in words", option("--rank", "high"), "auto, energy or a whole number", 2),
+    ("rank in another script", option("--rank", "²"), "auto, energy or a whole number", 2),
+    ("samples without end", option("--samples", 10**12), "more than 1,073,741,824 in all", 2),
+    ("memory without end", option("--memory", "9" * 400 + "G"), "a size must look like", 2),
     ("rank 0 at 16 bit", option("--rank", 0, "--bits", 16), "rank must be at least 1", 2),
     ("unknown device", option("--device", "abacus"), "abacus", 1),
     ("absent device", option("--device", "cuda:99"), "cuda:99", 1),
@@ -539,6 +542,27 @@ def test_output_directory_that_is_not_empty_stays_as_it_is(
         outcome = _run(monkeypatch, capfd, arguments)
         assert "choose another output directory" in _complaint(outcome, 1)
         assert _content(place.directory.parent) == {"input/thesis.txt": b"years of work"}
+
+
+def test_an_output_that_nothing_can_be_renamed_to_is_refused_before_the_work(
+    place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("lrsd.compress.load_subject", lambda *arguments: pytest.fail("work was begun"))
+    (place.directory / "empty").mkdir()
+    (place.directory / "link").symlink_to(place.directory / "empty")
+    monkeypatch.chdir(place.directory / "empty")
+    for output, says in (
+        (place.directory / "link", "is a link"), (".", "is the current directory"),
+        ("/", "has no name of its own"), ("..", "has no name of its own"), ("/proc", "is a mount point"),
+    ):  # fmt: skip
+        if output == "/proc" and not Path(output).is_mount():
+            continue
+        for arguments in (
+            (*compress(place.model, place.text), "-o", output),
+            ("export", place.compressed, "--dense", output),
+        ):
+            assert f"{says}; name one" in _complaint(_run(monkeypatch, capfd, arguments), 1)
+    assert list((place.directory / "empty").iterdir()) == []
 
 
 def test_model_without_linear_layers(

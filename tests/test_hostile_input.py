@@ -190,6 +190,29 @@ def adapter(model: Path) -> None:
     (model / "adapter_config.json").write_text("{}")
 
 
+def linked(name: str) -> Callable[[Path], None]:
+    def link_to_a_secret(model: Path) -> None:
+        (model.parent / "secret").write_text("{}")
+        (model / name).symlink_to(model.parent / "secret")
+
+    return link_to_a_secret
+
+
+def tokenizer_elsewhere(model: Path) -> None:
+    """transformers joins the name to the directory as it is."""
+    (model / "tokenizer.json").rename(model.parent / "tokenizer.4.0.0.json")
+    names = {"fast_tokenizer_files": ["../tokenizer.4.0.0.json"]}
+    rewrite(model, "tokenizer_config.json", lambda content: content.update(names))
+
+
+def replacements(model: Path) -> None:
+    """10^10 letters for each e."""
+    step = {"type": "Replace", "pattern": {"String": "e"}, "content": "e" * 100}
+    chain = {"type": "Sequence", "normalizers": [{"type": "Sequence", "normalizers": [step] * 5}]}
+    rewrite(model, "tokenizer.json", lambda content: content.update(normalizer=chain))
+
+
+GPTJ = {"n_embd": 64, "n_layer": 2, "n_head": 4, "rotary_dim": 16, "vocab_size": 300}
 HOSTILE: list[tuple[Callable[[Path], None], str]] = [
     (absolute, "no .safetensors file of this directory"),
     (dots, "no .safetensors file of this directory"),
@@ -224,6 +247,25 @@ HOSTILE: list[tuple[Callable[[Path], None], str]] = [
     (config(num_attention_heads=0), "cannot load"),
     (config(hidden_size=10**30), "not readable JSON"),
     (config(attn_implementation="stranger/kernel"), "would fetch code"),
+    (linked("preprocessor_config.json"), "leads out of"),
+    (linked("chat_template.jinja"), "leads out of"),
+    (tokenizer_elsewhere, "only tokenizer.json is read"),
+    (replacements, "normalizer makes a text 10,000 times longer"),
+    (
+        config(
+            model_type="gptj", architectures=["GPTJForCausalLM"], max_position_embeddings=2 * 10**8, **GPTJ
+        ),
+        "tables of",
+    ),
+    (
+        config(model_type="funnel", architectures=["FunnelModel"], block_sizes=[60_000]),
+        "block_sizes is 60,000",
+    ),
+    (
+        config(model_type="convnext", architectures=["ConvNextModel"], depths=[10**6, 1, 1, 1]),
+        "more than [0-9]+ tensors",
+    ),
+    (config(model_type="gpt_neo", attention_types=[[["global"], 10**9]]), "attention_types is 1,000,000,000"),
     (config(quantization_config={"quant_method": "fp8"}), "quantised by 'fp8'"),
     (config(quantization_config=7), "quantised by 7"),
 ]
@@ -309,6 +351,20 @@ def test_a_link_to_a_secret_is_not_exported(compressed: Path, tmp_path: Path) ->
     assert not (tmp_path / "dense").exists()
 
 
+def test_scales_of_an_embedding_must_fit_its_rows(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    settings = CompressionSettings(ratio=2.5, scope="checkpoint")
+    calibration = CalibrationSettings(source=str(text_file), samples=4, seqlen=32)
+    compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
+    shard = tmp_path / "out" / "model.safetensors"
+    tensors = load_file(shard)
+    scales = tensors["model.embed_tokens.scales"]
+    save_file(tensors | {"model.embed_tokens.scales": torch.cat([scales, scales])}, shard, {"format": "pt"})
+    with pytest.raises(CheckpointError, match="300 rows and"):
+        export_dense(tmp_path / "out", tmp_path / "dense")
+
+
 # --- texts ----------------------------------------------------------------------------------------------
 
 
@@ -318,6 +374,17 @@ READERS: dict[str, Callable[[str], object]] = {
     "labelled": read_labelled,
     "features": lambda path: read_features(path, "--calib"),
 }
+
+
+def test_rows_are_refused_before_the_others_are_read(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text("{}\n" * 10**7)
+    before, start = current_rss(), time.perf_counter()
+    with pytest.raises(InputError, match=r"rows\.jsonl:1: expected"):
+        read_text(str(path), split="train", option="--calib")
+    assert read_pairs(str(path)) == []
+    assert time.perf_counter() - start < 5
+    assert current_rss() < before + 500 * 10**6
 
 
 @pytest.mark.parametrize("reader", READERS)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from io import FileIO
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import pytest
@@ -257,6 +258,22 @@ def other_model(model: Path, place: Path) -> Path:
 
 @pytest.mark.usefixtures("stopped")
 @pytest.mark.parametrize(
+    ("name", "key", "value"),
+    [("config.json", "rms_norm_eps", 0.5), ("tokenizer.json", "normalizer", {"type": "Lowercase"})],
+)
+def test_the_same_weights_with_another_configuration_or_tokenizer_are_another_model(
+    run: Run, tiny_model_dir: Path, tmp_path: Path, name: str, key: str, value: Any
+) -> None:
+    changed = copytree(tiny_model_dir, tmp_path / "other")
+    content = json.loads((changed / name).read_text())
+    (changed / name).write_text(json.dumps(content | {key: value}))
+    with pytest.raises(InputError, match="model was"):
+        run(model=changed)
+    run(model=copytree(tiny_model_dir, tmp_path / "moved"))  # the same in another place
+
+
+@pytest.mark.usefixtures("stopped")
+@pytest.mark.parametrize(
     ("changes", "field"),
     [
         (
@@ -276,8 +293,8 @@ def test_another_recipe_is_refused_by_name(run: Run, partial: Path, changes: Any
     assert finished(partial) == before
 
 
-def test_another_recipe_is_refused_of_a_run_that_only_has_to_be_moved(
-    run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch
+def test_another_run_is_refused_where_only_the_move_is_left(
+    run: Run, partial: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     expected = run()
     with monkeypatch.context() as patch:
@@ -287,7 +304,34 @@ def test_another_recipe_is_refused_of_a_run_that_only_has_to_be_moved(
     assert finished(partial)[-1] == "written"
     with pytest.raises(InputError, match=r"recipe\.seed was 0, is 1"):
         run(seed=1)
+    with pytest.raises(InputError, match="model was"):
+        run(model=other_model(tiny_model_dir, tmp_path / "other"))
+    with pytest.raises(InputError, match="no such model directory"):
+        run(model=tmp_path / "nowhere")
     assert run() == expected
+
+
+def test_a_finished_command_may_be_repeated_with_resume(
+    tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    """A job that is queued again prints the same manifest; another command's result is left alone."""
+    calibration = CalibrationSettings(source=str(text_file), samples=SAMPLES, seqlen=32)
+    output = tmp_path / "out"
+
+    def run(model: Path = tiny_model_dir, settings: CompressionSettings = SETTINGS) -> Any:
+        return compress(str(model), output, settings, calibration, resume=True)
+
+    first = run()
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
+    assert run() == first
+    with pytest.raises(InputError, match="holds the result of another run: ratio was 4, is 3"):
+        run(settings=CompressionSettings(ratio=3, propagate=True, batch=4))
+    with pytest.raises(InputError, match="holds the result of another run: model was"):
+        run(model=other_model(tiny_model_dir, tmp_path / "other"))
+    with pytest.raises(InputError, match="already exists and is not empty"):
+        compress(str(tiny_model_dir), output, SETTINGS, calibration)
+    after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
+    assert after == before
 
 
 @pytest.mark.usefixtures("stopped")
@@ -332,6 +376,33 @@ def test_unfinished_work_is_neither_overwritten_nor_shared(
         run()
     held.close()
     assert finished(partial) == stopped
+
+
+def test_a_run_that_began_meanwhile_is_not_written_into(partial: Path) -> None:
+    """Two commands load the model; the first begins, and ends."""
+    second = Journal(partial)
+    first = Journal(partial)
+    first.begin("cpu")
+    first.finish("text", None)
+    first.close()
+    with pytest.raises(InputError, match=r"another lrsd began .* --resume"):
+        second.begin("cpu")
+    assert finished(partial) == ["text"]
+
+
+@pytest.mark.usefixtures("stopped")
+@pytest.mark.parametrize("resume", [True, False])
+def test_a_journal_killed_while_it_was_removed_is_none(
+    run: Run, partial: Path, resume: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left = Journal(partial)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", lambda path, **options: _stop(0, None))
+        with pytest.raises(KeyboardInterrupt):
+            left.remove()
+    left.close()
+    assert len(list(partial.iterdir())) > 1
+    assert "model.safetensors" in run(resume=resume)
 
 
 @pytest.mark.parametrize("resume", [True, False])

@@ -189,7 +189,7 @@ def require_place(directory: Path) -> None:
         reason = "is a link"
     elif directory.absolute().name in ("", ".."):
         reason = "has no name of its own"
-    elif directory.is_mount():
+    elif directory.absolute().is_mount():
         reason = "is a mount point"
     elif directory.is_dir() and directory.samefile("."):
         reason = "is the current directory"
