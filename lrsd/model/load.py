@@ -210,7 +210,7 @@ def fingerprint(loaded: LoadedModel, weights: Iterable[tuple[str, Tensor]] | Non
         backend = getattr(tokenizer, "backend_tokenizer", None)
         vocabulary = sorted(tokenizer.get_vocab().items()) if backend is None else backend.to_str()
         about += [vocabulary, tokenizer.special_tokens_map, tokenizer.chat_template]
-    digest.update(json.dumps(about, sort_keys=True, default=str).encode())
+    digest.update(json.dumps(about, default=str).encode())
     return digest.hexdigest()[:16]
 
 
