@@ -177,10 +177,13 @@ class _StoredMoments(Mapping[str, Moments]):
         self._workspace, self._device = workspace, replay.model.device
         blocks = enumerate(replay.layout.blocks)
         self._steps = {group.name: survey_step(index) for index, block in blocks for group in block.groups}
+        self._last: tuple[str, dict[str, dict[str, Tensor]]] = "", {}
 
     def __getitem__(self, group: str) -> Moments:
-        states = self._workspace.read(self._steps[group], SurveyedBlock).moments
-        return Moments.from_state(states[group], self._device)
+        step = self._steps[group]
+        if self._last[0] != step:  # the groups of a block follow each other, and share its record
+            self._last = step, self._workspace.read(step, SurveyedBlock).moments
+        return Moments.from_state(self._last[1][group], self._device)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._steps)

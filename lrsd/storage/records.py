@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -75,7 +76,7 @@ def _decode(kind: Any, content: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind is Tensor:
         return tensors[content]
     if is_dataclass(kind):
-        hints = get_type_hints(kind)
+        hints = _hints(kind)  # type: ignore[arg-type]
         if unknown := set(content) - set(hints):
             raise TypeError(f"unexpected field {sorted(unknown)[0]!r}")
         return kind(**{key: _decode(hints[key], item, tensors) for key, item in content.items()})  # type: ignore[operator]
@@ -90,6 +91,12 @@ def _decode(kind: Any, content: Any, tensors: Mapping[str, Tensor]) -> Any:
     if kind is not Any and not isinstance(content, kind):
         raise TypeError(f"expected {kind.__name__}, got {content!r:.40}")
     return content
+
+
+@cache
+def _hints(kind: Any) -> dict[str, Any]:
+    """The types of a dataclass's fields, asked for thousands of times."""
+    return get_type_hints(kind)
 
 
 def _listed(content: Any) -> list[Any]:
