@@ -250,7 +250,7 @@ HOSTILE: list[tuple[Callable[[Path], None], str]] = [
     (linked("preprocessor_config.json"), "leads out of"),
     (linked("chat_template.jinja"), "leads out of"),
     (tokenizer_elsewhere, "only tokenizer.json is read"),
-    (replacements, "normalizer makes a text 10,000 times longer"),
+    (replacements, "normalizer makes a text 1,000,000 times longer"),
     (
         config(
             model_type="gptj", architectures=["GPTJForCausalLM"], max_position_embeddings=2 * 10**8, **GPTJ

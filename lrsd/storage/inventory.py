@@ -32,8 +32,9 @@ _COUNTS = re.compile(
 )
 # Modules that a configuration may ask for beyond one per tensor: some have no weights.
 _FREE_COUNT = 1000
-# Times by which a tokenizer's replacements may together lengthen a text: honest ones put three bytes for one.
-_GROWTH = 100
+# Times by which a tokenizer's replacements could together lengthen a text, each feeding the next: eight that
+# put a character between blanks stay below. What the loader tries first then takes a few megabytes.
+_GROWTH = 10_000
 
 
 @dataclass(frozen=True)
