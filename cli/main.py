@@ -309,8 +309,8 @@ def compress(
 
     from lrsd.compress import compress as run
     from lrsd.compress import dry_run as plan_only
-    from lrsd.config import parse_size
     from lrsd.report import plan_table, summary_lines
+    from lrsd.settings import parse_size
 
     settings, calibration = _settings(options)
     progress = make_progress()
@@ -329,8 +329,8 @@ def compress(
 
 
 def _settings(options: dict[str, Any]) -> tuple[Any, Any]:
-    from lrsd.config import CalibrationSettings, CompressionSettings, parse_ratio
     from lrsd.errors import SettingsError
+    from lrsd.settings import CalibrationSettings, CompressionSettings, parse_ratio
 
     rank = str(options["rank"])
     if rank == "energy":
@@ -421,8 +421,8 @@ def inspect(directory: Path, plot: Path | None, as_json: bool) -> None:
     """Show every layer of a compressed DIRECTORY: rank, kept columns and rows, bits, bytes, error."""
     from dataclasses import asdict
 
+    from lrsd.checkpoint.manifest import read_manifest
     from lrsd.report import layer_table, plot_layers, summary_lines
-    from lrsd.storage.checkpoint import read_manifest
 
     manifest = read_manifest(directory)
     if plot is not None:
@@ -438,7 +438,7 @@ def inspect(directory: Path, plot: Path | None, as_json: bool) -> None:
 @click.argument("directory", type=click.Path(path_type=Path))
 def verify(directory: Path) -> None:
     """Compare every file of a compressed DIRECTORY with the digest that its manifest holds."""
-    from lrsd.storage.checkpoint import verify as run
+    from lrsd.checkpoint.verify import verify as run
 
     manifest = run(directory)
     click.echo(f"{len(manifest.files)} files are as lrsd {manifest.lrsd_version} wrote them")
@@ -456,7 +456,7 @@ def verify(directory: Path) -> None:
 )
 def export(directory: Path, target: Path) -> None:
     """Write a compressed DIRECTORY as plain dense weights, which any runtime loads."""
-    from lrsd.storage.checkpoint import export_dense
+    from lrsd.export.dense import export_dense
 
     total = export_dense(directory, target)
     click.echo(f"{total / 1e6:.1f} MB of dense weights written to {target}")

@@ -4,4 +4,4 @@
 reads what `lrsd compress` wrote.
 """
 
-from lrsd.model import hf as _hf  # noqa: F401 - imported for its registration
+from lrsd.runtimes import transformers as _hf  # noqa: F401 - imported for its registration

@@ -15,13 +15,22 @@ from typing import Any
 
 import torch
 
-from lrsd.config import CalibrationSettings, CompressionSettings, plain, recipe
-from lrsd.data import calibration_samples
+from lrsd.checkpoint.card import model_card
+from lrsd.checkpoint.manifest import (
+    CARD_NAME,
+    MANIFEST_NAME,
+    RECIPE_NAME,
+    LayerRecord,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
+from lrsd.checkpoint.reader import stored_bytes
+from lrsd.checkpoint.verify import digests
+from lrsd.checkpoint.writer import publish, require_free, require_place, write_model
+from lrsd.data.tokens import calibration_samples
 from lrsd.errors import InputError, LrsdError
-from lrsd.fit import Fitted, fit_blocks
-from lrsd.memory import peak_rss
 from lrsd.model.embedding import embedding_names, pack_embeddings
-from lrsd.model.hf import mark_packed
 from lrsd.model.load import (
     LoadedModel,
     copy_processor,
@@ -30,29 +39,17 @@ from lrsd.model.load import (
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
 from lrsd.numerics.allocate import LayerCurve, dense_bytes, plan_bytes
-from lrsd.plan import PLAN_STEP, Choice, choose_plan
-from lrsd.preflight import Needs, foretell, predict, require
 from lrsd.progress import Progress
-from lrsd.report import model_card
-from lrsd.storage.checkpoint import (
-    CARD_NAME,
-    MANIFEST_NAME,
-    RECIPE_NAME,
-    LayerRecord,
-    Manifest,
-    digests,
-    publish,
-    read_manifest,
-    require_free,
-    require_place,
-    stored_bytes,
-    write_manifest,
-    write_model,
-)
-from lrsd.storage.files import refusals, sync, write_json
-from lrsd.storage.journal import Journal, difference, partial_directory
-from lrsd.subject import Subject, checkpoint_bytes, load_subject
-from lrsd.survey import Survey, survey_model
+from lrsd.runtimes.transformers import mark_packed
+from lrsd.settings import CalibrationSettings, CompressionSettings, plain, recipe
+from lrsd.steps.estimate import Needs, foretell, predict, require
+from lrsd.steps.fit import Fitted, fit_blocks
+from lrsd.steps.observe import Survey, survey_model
+from lrsd.steps.plan import PLAN_STEP, Choice, choose_plan
+from lrsd.steps.source import Subject, checkpoint_bytes, load_subject
+from lrsd.work.files import refusals, sync, write_json
+from lrsd.work.journal import Journal, difference, partial_directory
+from lrsd.work.process import peak_rss
 
 # Steps of the journal besides those of the blocks; where the checkpoint is written to.
 TEXT_STEP, WRITTEN = "text", "written"

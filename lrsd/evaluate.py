@@ -10,26 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from lrsd.config import CalibrationSettings
-from lrsd.data import (
-    behind_start,
-    enclosed,
-    example,
-    paired,
-    read_features,
-    read_labelled,
-    read_pairs,
-    read_text,
-    speech_samples,
-    tokenize,
-)
+from lrsd.data.sources import read_features, read_labelled, read_pairs, read_text
+from lrsd.data.tokens import behind_start, enclosed, example, paired, speech_samples, tokenize
 from lrsd.errors import InputError, NumericsError
 from lrsd.model.cache import cached_pass
 from lrsd.model.load import LoadedModel, load_model
 from lrsd.model.samples import Samples, answer, chooses, distance, has_logits, run_model, try_running
+from lrsd.model.types import Model, Tokenizer
 from lrsd.progress import Progress
+from lrsd.settings import CalibrationSettings
 
 # Window of the published WikiText-2 perplexities.
 _DEFAULT_SEQLEN = 2048
@@ -214,7 +204,7 @@ def _paired(loaded: LoadedModel, pair: tuple[str, str], seqlen: int) -> Question
     return Question(Samples(inputs), torch.arange(target.shape[1]), target[0])
 
 
-def _masked(tokenizer: PreTrainedTokenizerBase, block: Tensor, seed: int) -> Question:
+def _masked(tokenizer: Tokenizer, block: Tensor, seed: int) -> Question:
     """A window with 15 % of its tokens masked, the same ones whenever it is asked."""
     if tokenizer.mask_token_id is None:
         raise InputError("the tokenizer has no mask token; a masked language model needs one")
@@ -273,8 +263,8 @@ def perplexity(
 
 @torch.inference_mode()
 def divergence(
-    model: PreTrainedModel,
-    dense: PreTrainedModel,
+    model: Model,
+    dense: Model,
     asked: Sequence[Question],
     text: str,
     step: Callable[[], None] = lambda: None,
@@ -366,7 +356,7 @@ def speed(loaded: LoadedModel) -> Speed:
     )
 
 
-def _now(model: PreTrainedModel) -> float:
+def _now(model: Model) -> float:
     if model.device.type == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()

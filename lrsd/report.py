@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from lrsd.checkpoint.card import _codes, _mb, result_lines
+from lrsd.checkpoint.manifest import LayerRecord, Manifest
 from lrsd.errors import InputError
 from lrsd.evaluate import EvalResult
 from lrsd.numerics.allocate import dense_bytes, plan_bytes
-from lrsd.storage.checkpoint import LayerRecord, Manifest
 
 if TYPE_CHECKING:
     from lrsd.compress import Prepared
@@ -23,47 +24,6 @@ def summary_lines(manifest: Manifest) -> list[str]:
     if {"peak", "predicted"} <= manifest.memory.keys():
         peak, predicted = manifest.memory["peak"], manifest.memory["predicted"]
         lines.append(f"memory          {_mb(peak)} of the host's at most, {_mb(predicted)} predicted")
-    return lines
-
-
-def result_lines(manifest: Manifest) -> list[str]:
-    """A few lines: ratios, bits, multiply-adds."""
-    kinds = _kinds(manifest)
-    whole = manifest.settings.get("scope") == "checkpoint"
-    kept = "embeddings and head in 8 bit" if whole else "embeddings, head and norms are kept"
-    return [
-        f"linear weights  {_mb(manifest.dense_linear_bytes)} -> {_mb(manifest.linear_bytes)}, "
-        f"{manifest.ratio:.4g}x, {manifest.bits_per_weight:.3g} bits per weight",
-        f"checkpoint      {manifest.checkpoint_ratio:.4g}x as a whole ({kept})",
-        f"multiply-adds   {manifest.macs_per_token / 1e6:.1f} M per token in the linear weights, "
-        f"dense {manifest.dense_macs_per_token / 1e6:.1f} M",
-        f"layers          {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
-        *_left_alone(manifest),
-    ]
-
-
-def _left_alone(manifest: Manifest) -> list[str]:
-    """Lines on linear layers that stayed as they were and on experts that few tokens reached."""
-    lines = []
-    by_reason: dict[str, list[str]] = {}
-    for name, reason in manifest.untouched.items():
-        by_reason.setdefault(reason, []).append(name)
-    for reason, names in by_reason.items():
-        shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        lines.append(f"left dense      {shown} ({reason})")
-    unsolved = {
-        name: layer.status for name, layer in manifest.layers.items() if layer.status[:7] == "dense: "
-    }
-    lines += [f"left dense      {name} ({status[7:]})" for name, status in unsolved.items()]
-    if damped := [name for name, layer in manifest.layers.items() if "damping" in layer.status]:
-        lines.append(f"more damping    {len(damped)} layers, {damped[0]} among them; see lrsd inspect")
-    starved = {
-        name: layer.routed_tokens
-        for name, layer in manifest.layers.items()
-        if layer.routed_tokens is not None and layer.routed_tokens < layer.in_features
-    }
-    for name, tokens in starved.items():
-        lines.append(f"few tokens      {name} saw {tokens}; made up with those of all experts of its block")
     return lines
 
 
@@ -83,12 +43,6 @@ def layer_table(manifest: Manifest) -> str:
             f"{layer.dense_bytes / layer.bytes:>6.3f} {layer.error:>8.2e} {layer.blend:>5.2f}  {layer.status}"
         )
     return "\n".join(rows)
-
-
-def _codes(layer: LayerRecord) -> str:
-    if layer.coding is None:
-        return "-"
-    return layer.coding if layer.code_bits is None else f"{layer.code_bits} bit"
 
 
 def plan_table(prepared: Prepared) -> str:
@@ -170,51 +124,3 @@ def plot_layers(manifest: Manifest, path: Path) -> None:
     upper.legend(ncols=len(kinds), fontsize="small")
     lower.set(ylabel="bytes / dense bytes", xlabel="layer, in the order of the model", ylim=(0, 1.05))
     figure.savefig(path, dpi=120, format="png")
-
-
-def model_card(manifest: Manifest) -> str:
-    """README.md of the checkpoint directory."""
-    lines = "\n".join(f"    {line}" for line in result_lines(manifest))
-    calibration = manifest.calibration
-    return f"""---
-base_model: {manifest.base_model}
-library_name: transformers
-tags: [lrsd, low-rank, sparse, compressed]
----
-# {manifest.base_model}, compressed {manifest.ratio:.3g}x by lrsd {manifest.lrsd_version}
-
-Each linear weight is stored as low rank + kept columns or rows + integer codes, fitted to its outputs on
-{calibration["samples"]} x {calibration["seqlen"]} tokens of calibration text ({calibration["source"]}).
-The source held its weights as {manifest.base_stored_as}.
-
-{lines}
-
-Load it with
-
-```python
-import lrsd  # registers the loader
-from transformers import {manifest.model_class}
-
-model = {manifest.model_class}.from_pretrained("this directory")
-```
-
-`lrsd eval` measures it, `lrsd inspect` shows every layer, `lrsd export --dense` writes plain weights.
-"""
-
-
-def _kinds(manifest: Manifest) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for layer in manifest.layers.values():
-        parts = (
-            (layer.rank, "low rank"),
-            (layer.columns, "columns"),
-            (layer.rows, "rows"),
-            (layer.coding, f"{_codes(layer)} codes"),
-        )
-        kind = " + ".join(name for present, name in parts if present) if layer.rank is not None else "dense"
-        counts[kind] = counts.get(kind, 0) + 1
-    return counts
-
-
-def _mb(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from bench import Bench, parser
 
-from lrsd.config import CompressionSettings
+from lrsd.settings import CompressionSettings
 
 AT_16_BIT = {
     "full": {},

@@ -14,21 +14,22 @@ import torch
 from find_model import find_model
 from transformers import PreTrainedModel
 
+from lrsd.checkpoint.reader import stored_bytes
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
-from lrsd.data import calibration_samples, example, read_text
+from lrsd.data.sources import read_text
+from lrsd.data.tokens import calibration_samples, example
 from lrsd.evaluate import Question, divergence, perplexity, questions
-from lrsd.fit import fit_blocks
 from lrsd.model.layout import find_layout
 from lrsd.model.load import LoadedModel, fingerprint, load_model
 from lrsd.model.replay import Replay
-from lrsd.model.streams import Stream
 from lrsd.numerics.allocate import dense_bytes
 from lrsd.numerics.moments import Moments
-from lrsd.plan import choose_plan
 from lrsd.progress import Progress
-from lrsd.storage.checkpoint import stored_bytes
-from lrsd.survey import block_moments, needs_sensitivity, survey_model
+from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.steps.fit import fit_blocks
+from lrsd.steps.observe import block_moments, needs_sensitivity, survey_model
+from lrsd.steps.plan import choose_plan
+from lrsd.work.streams import Stream
 
 
 class Log(Progress):

@@ -10,8 +10,8 @@ not go below 2.3 bits. Example:
 
 from bench import Bench, parser
 
-from lrsd.config import CompressionSettings
 from lrsd.errors import BudgetError
+from lrsd.settings import CompressionSettings
 
 
 def main() -> None:

@@ -20,10 +20,10 @@ from bench import Bench, Log, parser
 from safetensors.torch import save_file
 
 from lrsd.compress import compress
-from lrsd.config import CompressionSettings
-from lrsd.data import calibration_samples
+from lrsd.data.tokens import calibration_samples
 from lrsd.model.load import fingerprint
 from lrsd.progress import Progress
+from lrsd.settings import CompressionSettings
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ Example (the README's table):
 
 from bench import Bench, parser
 
-from lrsd.config import CompressionSettings
+from lrsd.settings import CompressionSettings
 
 
 def main() -> None:

@@ -11,9 +11,10 @@ import time
 import torch
 from bench import Bench, parser
 
-from lrsd.config import CompressionSettings
-from lrsd.data import read_text, token_blocks
+from lrsd.data.sources import read_text
+from lrsd.data.tokens import token_blocks
 from lrsd.model.load import load_model
+from lrsd.settings import CompressionSettings
 
 
 def main() -> None:

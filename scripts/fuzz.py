@@ -41,16 +41,19 @@ import transformers
 from fuzz_cases import KINDS, OUTSIDE_VALUE, Fixtures, make_fixtures
 from lrsd_cli.main import _settings, commands
 
-from lrsd.data import example, read_features, read_labelled, read_pairs, read_text, text_identity, tokenize
+from lrsd.checkpoint.manifest import read_manifest
+from lrsd.checkpoint.verify import verify
+from lrsd.data.sources import read_features, read_labelled, read_pairs, read_text, text_identity
+from lrsd.data.tokens import example, tokenize
 from lrsd.errors import LrsdError
-from lrsd.fit import FittedBlock
+from lrsd.export.dense import export_dense
 from lrsd.model.load import load_model
 from lrsd.model.samples import Samples, try_running
-from lrsd.plan import Choice
 from lrsd.report import summary_lines
-from lrsd.storage.checkpoint import export_dense, read_manifest, verify
-from lrsd.storage.journal import Journal
-from lrsd.survey import SurveyedBlock
+from lrsd.steps.fit import FittedBlock
+from lrsd.steps.observe import SurveyedBlock
+from lrsd.steps.plan import Choice
+from lrsd.work.journal import Journal
 
 # A child that has not answered after so many times --seconds is killed; address space beyond what it has.
 _PATIENCE = 4

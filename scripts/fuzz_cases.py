@@ -21,9 +21,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.progress import Progress
-from lrsd.storage.journal import partial_directory
+from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.work.journal import partial_directory
 
 # Every value of the weights that lie outside of a case's directory.
 OUTSIDE_VALUE = 7.5

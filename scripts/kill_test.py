@@ -29,9 +29,9 @@ import torch  # noqa: F401 - before the forks, so that no child has to import it
 from find_model import find_model
 from lrsd_cli.main import main as lrsd_main
 
-import lrsd.storage.journal as journal
+import lrsd.work.journal as journal
 from lrsd.compress import WRITTEN
-from lrsd.storage.journal import JOURNAL, partial_directory
+from lrsd.work.journal import JOURNAL, partial_directory
 
 # What a journal's write is killed at: before it, with half of the line written, with all of it.
 _MOMENTS = ("before", "amid", "after")

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from lrsd.config import parse_size
+from lrsd.settings import parse_size
 
 _GROUPS = Path("/sys/fs/cgroup")
 

@@ -1,7 +1,7 @@
 """Golden bytes: digests of what recipes once gave, per environment, in golden.json.
 
-lrsd is deterministic, so a change that is only to move code leaves every digest as it is. After a change that is
-to alter results: `pytest tests --record-golden` writes them anew, and perplexities before and after go into
+lrsd is deterministic, so a change that is only to move code leaves every digest as it is. After a change that
+is to alter results `pytest tests --record-golden` writes them anew, and perplexities before and after go into
 CHANGELOG.md. Sums in another order give other bytes, so digests hold for the processor and torch release that
 they were recorded with; elsewhere the comparison is skipped.
 """
@@ -33,7 +33,7 @@ def digest(directory: Path) -> str:
 
 
 def check_golden(name: str, base: str, directory: Path, *, record: bool) -> None:
-    """Compare a result with the digest of that name, or write it there. base: tells the source model from others.
+    """Compare a result with the digest of that name, or write it there. base: tells one source from others.
 
     Skips where no digest was recorded for this source in this environment.
     """

@@ -5,12 +5,12 @@ from pathlib import Path
 
 import pytest
 
+from lrsd.checkpoint.reader import stored_bytes
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.errors import BudgetError
-from lrsd.fit import Purse
 from lrsd.numerics.allocate import Codes, LayerCurve, LayerPlan, Shape
-from lrsd.storage.checkpoint import stored_bytes
+from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.steps.fit import Purse
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,9 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from lrsd.errors import InputError
-from lrsd.memory import current_rss
+from lrsd.intake.gguf import read_gguf_header
 from lrsd.model.load import load_model
-from lrsd.storage.gguf_header import read_gguf_header
+from lrsd.work.process import current_rss
 
 UINT8, UINT32, STRING, ARRAY = 0, 4, 8, 9
 F32 = 0

@@ -21,17 +21,21 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from lrsd.checkpoint.manifest import read_manifest
+from lrsd.checkpoint.verify import verify
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
-from lrsd.data import read_features, read_labelled, read_pairs, read_text, tokenize
+from lrsd.data.sources import read_features, read_labelled, read_pairs, read_text
+from lrsd.data.tokens import tokenize
 from lrsd.errors import CheckpointError, InputError, LrsdError
-from lrsd.memory import current_rss
+from lrsd.export.dense import export_dense
+from lrsd.intake.json import parse_json, read_json
+from lrsd.intake.safetensors import INDEX_NAME, take_inventory
 from lrsd.model.load import load_model
-from lrsd.storage.checkpoint import export_dense, read_manifest, verify
-from lrsd.storage.inventory import INDEX_NAME, parse_json, read_json, take_inventory
-from lrsd.storage.journal import JOURNAL, Journal
-from lrsd.storage.records import read_record
-from lrsd.survey import SurveyedBlock
+from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.steps.observe import SurveyedBlock
+from lrsd.work.journal import JOURNAL, Journal
+from lrsd.work.process import current_rss
+from lrsd.work.records import read_record
 
 UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 
@@ -428,7 +432,7 @@ def test_a_word_without_end_is_refused(tokenizer: Any) -> None:
 def test_long_texts_are_tokenized_in_pieces(tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     text = "One line, and another.\n" * 50
     whole = tokenize(tokenizer, text)
-    monkeypatch.setattr("lrsd.data._PIECE", 100)
+    monkeypatch.setattr("lrsd.data.tokens._PIECE", 100)
     assert torch.equal(tokenize(tokenizer, text), whole)
 
 

@@ -11,14 +11,16 @@ from click.testing import CliRunner
 from lrsd_cli.main import commands
 from safetensors.torch import load_file, save_file
 
-from lrsd import fit, survey
+from lrsd.checkpoint.manifest import Manifest
+from lrsd.checkpoint.reader import stored_bytes
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.errors import BudgetError, NumericsError, SolverError
 from lrsd.evaluate import evaluate
 from lrsd.model.layout import LinearSpec
 from lrsd.report import summary_lines
-from lrsd.storage.checkpoint import Manifest, stored_bytes
+from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.steps import fit
+from lrsd.steps import observe as survey
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 MODES = {

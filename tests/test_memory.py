@@ -14,13 +14,14 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings, parse_size
 from lrsd.errors import InputError, SettingsError
-from lrsd.memory import MappedFiles, current_rss, peak_rss, release_freed
 from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
 from lrsd.model.samples import Samples
-from lrsd.preflight import Needs, Residence, foretell, predict
+from lrsd.settings import CalibrationSettings, CompressionSettings, parse_size
+from lrsd.steps.estimate import Needs, foretell, predict
+from lrsd.work.process import current_rss, peak_rss, release_freed
+from lrsd.work.residency import MappedFiles, Residence
 
 
 def test_freed_blocks_go_back_to_the_system() -> None:

@@ -6,20 +6,20 @@ import pytest
 import torch
 from torch import Tensor
 
-import lrsd.plan
+import lrsd.steps.plan
 from lrsd.compress import compress, dry_run
-from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.model import samples as samples_module
 from lrsd.model.load import load_model
 from lrsd.model.samples import answer, distance, run_model
-from lrsd.survey import HELD_OUT
+from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.steps.observe import HELD_OUT
 
 
 @torch.inference_mode()
 def test_what_is_compared_is_what_would_be_lost(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lrsd.plan, "_TRUSTED_KL", 0.0)
+    monkeypatch.setattr(lrsd.steps.plan, "_TRUSTED_KL", 0.0)
     calibration = CalibrationSettings(source=str(text_file), samples=16, seqlen=32)
     settings = {"ratio": 3, "bits": "16", "alternations": 1, "propagate": False}
     prepared = dry_run(str(tiny_model_dir), CompressionSettings(**settings), calibration)

@@ -11,17 +11,17 @@ from golden import check_golden
 from torch import Tensor
 
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
-from lrsd.data import token_blocks
+from lrsd.data.tokens import token_blocks
 from lrsd.model.layout import find_layout, read_weight
 from lrsd.model.load import load_model
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
-from lrsd.model.streams import Stream
 from lrsd.numerics.lowrank import best_low_rank, pivot_factors, spectrum_errors
 from lrsd.numerics.solver import decompose, relative_error
 from lrsd.numerics.structured import fit_beside_columns, select_columns, split_columns
-from lrsd.survey import block_moments
+from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.steps.observe import block_moments
+from lrsd.work.streams import Stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 

@@ -19,10 +19,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.errors import InputError, LrsdError, StorageError
-from lrsd.storage import files, journal
-from lrsd.storage.journal import JOURNAL, Journal, partial_directory
+from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.work import files, journal
+from lrsd.work.journal import JOURNAL, Journal, partial_directory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -425,8 +425,8 @@ def test_a_resumed_run_reads_neither_text_nor_surveys_again(
         raise AssertionError("finished work is done again")
 
     monkeypatch.setattr("lrsd.compress.calibration_samples", again)
-    monkeypatch.setattr("lrsd.survey.block_moments", again)
-    monkeypatch.setattr("lrsd.plan._choose", again)
+    monkeypatch.setattr("lrsd.steps.observe.block_moments", again)
+    monkeypatch.setattr("lrsd.steps.plan._choose", again)
     assert "model.safetensors" in run()
 
 

@@ -8,10 +8,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lrsd.config import CalibrationSettings
-from lrsd.data import calibration_samples, require_text
+from lrsd.data.sources import require_text
+from lrsd.data.tokens import calibration_samples
 from lrsd.model.load import load_model
 from lrsd.progress import Progress
+from lrsd.settings import CalibrationSettings
 
 SETTINGS = CalibrationSettings(samples=3, seqlen=8)
 

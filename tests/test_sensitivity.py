@@ -9,10 +9,11 @@ from torch import Tensor
 from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from lrsd.data import token_blocks
+from lrsd.data.tokens import token_blocks
+from lrsd.methods.base import Perturbation
 from lrsd.model.layout import Layout, exchange_weight, find_layout, read_weight
 from lrsd.model.samples import Samples
-from lrsd.sensitivity import Perturbation, Probe, in_float32
+from lrsd.steps.sensitivity import Probe, in_float32
 
 
 @pytest.fixture

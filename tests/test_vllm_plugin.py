@@ -20,9 +20,9 @@ from torch.nn.functional import linear
 from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.errors import CheckpointError
-from lrsd.model.linear import LowRankSparseLinear
+from lrsd.forms.packed import LowRankSparseLinear
+from lrsd.settings import CalibrationSettings, CompressionSettings
 
 # ------------------------------------------------------------------------------------------ stub of vLLM
 
@@ -237,7 +237,7 @@ STUBS = {
 
 @pytest.fixture
 def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
-    """`lrsd.vllm_plugin`, imported as if vLLM were installed, and registered."""
+    """`lrsd.runtimes.vllm`, imported as if vLLM were installed, and registered."""
     for path, members in STUBS.items():
         names = path.split(".")
         for depth in range(1, len(names) + 1):
@@ -248,10 +248,10 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
     QUANTIZATION_METHODS[:] = ["awq", "gptq"]
     _methods.clear()
     sys.modules["vllm.model_executor.layers.quantization"].QUANTIZATION_METHODS = QUANTIZATION_METHODS
-    module = importlib.import_module("lrsd.vllm_plugin")
+    module = importlib.import_module("lrsd.runtimes.vllm")
     module.register()
     yield module
-    del sys.modules["lrsd.vllm_plugin"]
+    del sys.modules["lrsd.runtimes.vllm"]
 
 
 # ------------------------------------------------------------------------------------------- checkpoints

@@ -1,4 +1,4 @@
-"""One forward pass after another with the keys and values of those before: the only place that names the cache."""
+"""Passes with a cache of keys and values: the only place that knows what transformers calls it."""
 
 from inspect import signature
 

@@ -9,11 +9,11 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from lrsd.config import Selection
 from lrsd.errors import InputError
 from lrsd.model.experts import DOWNS, UPS, is_unfused
 from lrsd.model.samples import Samples, try_running
 from lrsd.numerics.allocate import VALUE_BYTES, Shape
+from lrsd.settings import Selection
 
 
 @dataclass(frozen=True)

@@ -28,9 +28,9 @@ from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
 
 from lrsd.errors import InputError, LrsdError, NumericsError
+from lrsd.intake.gguf import read_gguf_header
+from lrsd.intake.safetensors import StoredTensor, take_inventory
 from lrsd.model.samples import Kind, kind_of
-from lrsd.storage.gguf_header import read_gguf_header
-from lrsd.storage.inventory import StoredTensor, take_inventory
 
 # Weights that a configuration may ask for per value stored: some models make others of their own; a packed
 # byte holds up to 32.

@@ -17,7 +17,7 @@ from lrsd.errors import InputError
 from lrsd.model.layout import Block, Layout
 from lrsd.model.load import check_finite
 from lrsd.model.samples import Samples, answer, run_model
-from lrsd.model.streams import Stream
+from lrsd.work.streams import Stream
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error

@@ -7,11 +7,12 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
+from lrsd.checkpoint.manifest import read_manifest
+from lrsd.checkpoint.reader import stored_bytes
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.errors import BudgetError
 from lrsd.model.embedding import Int8Embedding, Int8Head, embedding_names
-from lrsd.storage.checkpoint import read_manifest, stored_bytes
+from lrsd.settings import CalibrationSettings, CompressionSettings
 
 
 @pytest.fixture

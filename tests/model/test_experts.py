@@ -7,13 +7,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
 
+from lrsd.checkpoint.manifest import Manifest
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
 from lrsd.model.experts import fuse_experts, unfuse_experts
 from lrsd.model.layout import find_layout
 from lrsd.model.samples import Samples
 from lrsd.report import summary_lines
-from lrsd.storage.checkpoint import Manifest
+from lrsd.settings import CalibrationSettings, CompressionSettings
 
 TINY = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48,

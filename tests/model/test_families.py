@@ -19,13 +19,14 @@ from transformers import AutoModelForSequenceClassification as Classifier
 from transformers import AutoModelForSpeechSeq2Seq as Speech
 from transformers import PreTrainedModel
 
+from lrsd.checkpoint.reader import stored_bytes
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
-from lrsd.data import example
+from lrsd.data.tokens import example
 from lrsd.evaluate import evaluate
+from lrsd.export.dense import export_dense
 from lrsd.model.load import load_model
 from lrsd.model.samples import answer, run_model
-from lrsd.storage.checkpoint import export_dense, stored_bytes
+from lrsd.settings import CalibrationSettings, CompressionSettings
 
 LLAMA_LIKE = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,

@@ -18,18 +18,18 @@ from transformers import (
     T5Config,
 )
 
+from lrsd.checkpoint.manifest import read_manifest, shard_paths
 from lrsd.compress import compress, dry_run
-from lrsd.config import CalibrationSettings, CompressionSettings
-from lrsd.data import calibration_samples, token_blocks
+from lrsd.data.tokens import calibration_samples, token_blocks
 from lrsd.errors import InputError
 from lrsd.evaluate import evaluate, questions
 from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
-from lrsd.model.streams import Stream
 from lrsd.progress import Progress
-from lrsd.storage.checkpoint import read_manifest, shard_paths
+from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.work.streams import Stream
 
 BERT = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,

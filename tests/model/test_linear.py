@@ -10,7 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lrsd.errors import CheckpointError
-from lrsd.model.linear import LowRankSparseLinear
+from lrsd.forms.packed import LowRankSparseLinear
+from lrsd.model.slots import dense_linear
 from lrsd.numerics.allocate import LayerPlan, Shape
 from lrsd.numerics.quantize import Feedback, GridCodes, LatticeCodes, round_to_grid, round_to_lattice
 from lrsd.numerics.solver import (
@@ -88,7 +89,7 @@ def test_dense_module_computes_what_the_packed_one_does(
     packed = LowRankSparseLinear.pack(
         solved(generator, plan), plan, bias_O, torch.float32, transposed=transposed
     )
-    dense = packed.to_dense(torch.float32)
+    dense = dense_linear(packed, torch.float32)
     x = torch.randn(6, IN, generator=generator)
     assert isinstance(dense, Conv1D if transposed else nn.Linear)
     torch.testing.assert_close(dense(x), packed(x), rtol=1e-5, atol=1e-5)

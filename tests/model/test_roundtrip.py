@@ -14,22 +14,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, pipeline
 
+from lrsd.checkpoint.manifest import Manifest, read_manifest, shard_paths
+from lrsd.checkpoint.reader import stored_bytes
+from lrsd.checkpoint.writer import write_model
 from lrsd.compress import compress
-from lrsd.config import CalibrationSettings, CompressionSettings
-from lrsd.data import token_blocks, tokenize
+from lrsd.data.tokens import token_blocks, tokenize
 from lrsd.errors import CheckpointError
+from lrsd.export.dense import export_dense
+from lrsd.forms.packed import LowRankSparseLinear
 from lrsd.model.layout import find_layout
-from lrsd.model.linear import LowRankSparseLinear
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
-from lrsd.storage.checkpoint import (
-    Manifest,
-    export_dense,
-    read_manifest,
-    shard_paths,
-    stored_bytes,
-    write_model,
-)
+from lrsd.settings import CalibrationSettings, CompressionSettings
 
 RECIPES: dict[str, dict[str, Any]] = {
     "lrsd": {"bits": "16"},
@@ -243,7 +239,7 @@ def test_bytes_on_disk_are_those_planned_and_within_the_budget(compressed: Compr
 
 
 def test_bytes_are_those_of_before(compressed: Compressed, request: pytest.FixtureRequest) -> None:
-    """What was once recorded; the source is part of the name, since releases of transformers draw other models."""
+    """The source is part of the name: another release of transformers may draw other random weights."""
     name = request.node.callspec.id
     record = request.config.getoption("--record-golden")
     check_golden(name, digest(compressed.base)[:12], compressed.directory, record=record)

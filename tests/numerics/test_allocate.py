@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrsd.errors import BudgetError
-from lrsd.model.linear import LayerFormat, LowRankSparseLinear
+from lrsd.forms.packed import LayerFormat, LowRankSparseLinear
 from lrsd.numerics.allocate import (
     LayerCurve,
     LayerPlan,

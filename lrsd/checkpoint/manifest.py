@@ -1,0 +1,109 @@
+"""A compressed model as a directory: written aside, synced, renamed; read back, checked, exported."""
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lrsd.errors import CheckpointError
+from lrsd.intake.json import read_json
+from lrsd.work.files import write_json
+from lrsd.work.records import decode
+
+MANIFEST_NAME = "lrsd.json"
+MANIFEST_VERSION = 1
+RECIPE_NAME = "recipe.json"
+CARD_NAME = "README.md"
+RUN_NAME = "run.json"
+
+
+@dataclass(frozen=True)
+class LayerRecord:
+    """One linear weight in the manifest. error: measured relative output error against its target.
+
+    rank None: the weight stayed dense. coding: "entropy" or "fixed" codes, with the width and group of
+    the latter and the step of the former. blend: how far its target moved from its own weight towards
+    the one that makes up for the compressed prefix. status: of the solver. routed_tokens: of the
+    calibration text, that reached this expert; None: all of them.
+    """
+
+    out_features: int
+    in_features: int
+    rank: int | None
+    coding: str | None
+    code_bits: int | None
+    group: int
+    step: float
+    columns: int
+    rows: int
+    entries: int | None
+    bias: bool
+    bytes: int
+    dense_bytes: int
+    error: float
+    predicted_error: float
+    sensitivity: float
+    blend: float
+    status: str
+    history: tuple[float, ...] = ()
+    routed_tokens: int | None = None
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """lrsd.json: what was done, to what, and what came of it. files: SHA-256 of every file beside it, but the
+    model card, which people edit. seconds by phase and memory in bytes differ from run to run: they are kept
+    apart, in run.json."""
+
+    base_model: str
+    base_fingerprint: str
+    base_stored_as: str
+    lrsd_version: str
+    environment: dict[str, str]
+    calibration: dict[str, Any]
+    settings: dict[str, Any]
+    ratio: float
+    checkpoint_ratio: float
+    linear_bytes: int
+    dense_linear_bytes: int
+    budget_bytes: int
+    bits_per_weight: float
+    macs_per_token: int
+    dense_macs_per_token: int
+    allocation: dict[str, float]
+    allocation_chosen: str
+    expected_kl: float | None
+    propagated: bool
+    layers: dict[str, LayerRecord]
+    files: dict[str, str] = field(default_factory=dict)
+    model_class: str = "AutoModelForCausalLM"
+    untouched: dict[str, str] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)
+    version: int = field(default=MANIFEST_VERSION)
+
+
+def read_manifest(directory: Path) -> Manifest:
+    """Raises: CheckpointError if the directory is no compressed checkpoint this release can read."""
+    path = directory / MANIFEST_NAME
+    if not path.is_file():
+        raise CheckpointError(
+            f"{directory} holds no {MANIFEST_NAME}; expected a directory written by lrsd compress"
+        )
+    content = read_json(path)
+    if content.get("version") != MANIFEST_VERSION:
+        raise CheckpointError(
+            f"{path} has version {content.get('version')}, this lrsd reads {MANIFEST_VERSION}"
+        )
+    if (directory / RUN_NAME).is_file():
+        content |= read_json(directory / RUN_NAME)
+    try:
+        return decode(Manifest, content)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        raise CheckpointError(f"{path} is not a complete lrsd manifest: {error}") from error
+
+
+def write_manifest(directory: Path, manifest: Manifest) -> None:
+    """lrsd.json and run.json. Raises: StorageError."""
+    content = asdict(manifest)
+    write_json(directory / RUN_NAME, {name: content.pop(name) for name in ("seconds", "memory")})
+    write_json(directory / MANIFEST_NAME, content)

@@ -1,0 +1,133 @@
+"""What a GGUF file says that it holds, checked against the file's size before any reader believes it.
+
+Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
+"""
+
+import struct
+from math import prod
+from mmap import ACCESS_READ, mmap
+from pathlib import Path
+
+from lrsd.errors import InputError
+from lrsd.intake.safetensors import StoredTensor
+
+_VERSIONS = (2, 3)
+# struct's letter for every type of a single value; then the types of strings and of arrays.
+_NUMBERS = dict(enumerate("BbHhIif?")) | {10: "Q", 11: "q", 12: "d"}
+_STRING, _ARRAY = 8, 9
+# Far above real files: 262,144 tokens with scores, types and merges make 1.3 million entries.
+_MOST_ENTRIES, _MOST_TENSORS, _MOST_DIMENSIONS = 2**21, 2**17, 4
+# A reader takes the entries of lists apart one by one, in some 10 us and 700 bytes, and a token in the square
+# of its length. Real files have more than 150 bytes for each entry, and no token of 300.
+_BYTES_PER_ENTRY, _FREE_ENTRIES, _LONGEST_ENTRY = 64, 2**12, 2**10
+# Settings that transformers makes as many modules of, without asking whether there is a weight for each;
+# experts share theirs.
+_COUNTS, _FREE_COUNT = ("block_count", "expert_count"), 256
+_ALIGNMENT = 32
+
+
+def read_gguf_header(path: Path) -> dict[str, StoredTensor]:
+    """The tensors that a GGUF file says it holds, and holds by its size; their types are GGUF's ("Q4_1").
+
+    Raises: InputError for a file that is cut off, of another kind or byte order, or whose header lies.
+    """
+    try:
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            return _tensors(path, content)
+    except (ValueError, struct.error) as error:
+        raise InputError(f"{path} is not a readable GGUF file: {error}") from error
+
+
+def _tensors(path: Path, content: mmap) -> dict[str, StoredTensor]:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    header = _Header(content)
+    if content[:4] != b"GGUF":
+        raise ValueError("it does not begin with GGUF")
+    header.place = 4
+    if (version := header.number("I")) not in _VERSIONS:
+        raise ValueError(f"its version is {version}, little-endian versions 2 and 3 are read")
+    num_tensors, num_fields = header.number("Q"), header.number("Q")
+    if max(num_tensors, num_fields) > _MOST_TENSORS:
+        raise ValueError(f"it should hold {num_tensors:,} tensors and {num_fields:,} fields")
+    fields = {header.text(): header.value() for _ in range(num_fields)}
+    for key, value in fields.items():
+        if key.endswith(_COUNTS) and value is not None and not 0 <= value <= max(num_tensors, _FREE_COUNT):
+            raise ValueError(f"its {key} is {value:,}, its tensors {num_tensors:,}")
+    found: dict[str, StoredTensor] = {}
+    spans = []
+    for _ in range(num_tensors):
+        name, num_dimensions = header.text(), header.number("I")
+        if name in found or num_dimensions > _MOST_DIMENSIONS:
+            raise ValueError(f"{name!r:.80} is there twice, or of {num_dimensions} dimensions")
+        shape = tuple(header.number("Q") for _ in range(num_dimensions))[::-1]
+        kind, offset = GGMLQuantizationType(header.number("I")), header.number("Q")
+        block, nbytes = GGML_QUANT_SIZES[kind]
+        spans.append((offset, offset + prod(shape) * nbytes // block))
+        found[name] = StoredTensor(shape, kind.name, path)
+    alignment = fields.get("general.alignment") or _ALIGNMENT
+    room = len(content) + -header.place // alignment * alignment
+    _check_spans(spans, room)
+    return found
+
+
+def _check_spans(spans: list[tuple[int, int]], room: int) -> None:
+    """Raises: ValueError if tensors reach beyond the file, or share bytes: a small file must stay small."""
+    end = 0
+    for start, stop in sorted(spans):
+        if start < end:
+            raise ValueError("two of its tensors overlap")
+        end = stop
+    if end > room:
+        raise ValueError(f"its tensors take {end:,} bytes, {room:,} are there; it is cut off, copy it again")
+
+
+class _Header:
+    """Reads the header from its `place` on. Raises: struct.error at the end of the file, ValueError."""
+
+    def __init__(self, content: mmap) -> None:
+        self._content, self.place, self._entries = content, 0, 0
+
+    def number(self, letter: str) -> int:
+        value: int
+        (value,) = struct.unpack_from(f"<{letter}", self._content, self.place)
+        self._skip(struct.calcsize(letter))
+        return value
+
+    def text(self) -> str:
+        length = self.number("Q")
+        self._skip(length)
+        return self._content[self.place - length : self.place].decode()
+
+    def value(self) -> int | None:
+        """Skip a field's type and value. Returns: the value if it is a single number."""
+        kind = self.number("I")
+        if kind in _NUMBERS:
+            return self.number(_NUMBERS[kind])
+        if kind == _STRING:
+            self._skip(self.number("Q"))
+        elif kind == _ARRAY:
+            self._skip_values(self.number("I"), self.number("Q"))
+        else:
+            raise ValueError(f"it has a field of type {kind}")
+        return None
+
+    def _skip_values(self, kind: int, count: int) -> None:
+        self._entries += count
+        most = min(_FREE_ENTRIES + len(self._content) // _BYTES_PER_ENTRY, _MOST_ENTRIES)
+        if self._entries > most:
+            raise ValueError(f"its lists should have {self._entries:,} entries, at most {most:,}")
+        if kind in _NUMBERS:
+            self._skip(count * struct.calcsize(_NUMBERS[kind]))
+        elif kind == _STRING:
+            for _ in range(count):
+                if (length := self.number("Q")) > _LONGEST_ENTRY:
+                    raise ValueError(f"one of its tokens should have {length:,} bytes")
+                self._skip(length)
+        else:
+            raise ValueError(f"it has a list of type {kind}")
+
+    def _skip(self, length: int) -> None:
+        self.place += length
+        if self.place > len(self._content):
+            raise ValueError("it ends within its header; it is cut off, copy it again")

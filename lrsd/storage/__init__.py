@@ -1,1 +1,0 @@
-"""Checkpoint directories on disk: safetensors and JSON only."""

@@ -1,0 +1,250 @@
+"""Finished work on disk, so that a run that was stopped goes on where it was.
+
+    OUT.partial/journal.jsonl      what the run is, then one line per finished step
+    OUT.partial/STEP.safetensors   what a step found
+    OUT.partial/NAME.stream/       hidden states behind the last step, one file per batch
+
+A step counts once its line is in the journal; all that it needs is on disk by then.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Sequence
+from io import FileIO
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from lrsd.errors import CheckpointError, InputError
+from lrsd.work.files import refusals, sync
+from lrsd.work.records import read_record, write_record
+from lrsd.work.streams import Stream, StreamOnDisk
+
+T = TypeVar("T")
+
+JOURNAL = "journal.jsonl"
+_STREAM = ".stream"
+_WAIT = "wait for it or stop it, then repeat the command with --resume"
+
+
+def partial_directory(output: Path) -> Path:
+    """Where the finished work of a run that is to write `output` is kept."""
+    output = output.absolute()
+    return output.with_name(f"{output.name}.partial")
+
+
+class Workspace:
+    """Finished steps and streams of hidden states, in memory: for as long as the process lives."""
+
+    def __init__(self) -> None:
+        self._records: dict[str, Any] = {}
+        self._streams: dict[str, Stream] = {}
+        self._kept: tuple[str, ...] = ()
+
+    def __contains__(self, step: str) -> bool:
+        return step in self._records
+
+    def read(self, step: str, kind: type[T]) -> T:
+        """What a finished step found."""
+        found = self._records[step]
+        assert isinstance(found, kind)
+        return found
+
+    def finish(self, step: str, record: Any = None, keep: Sequence[str] = ()) -> None:
+        """Keep what a step found, if anything.
+
+        keep: names of the streams that the next step begins with; those that the last one kept may go.
+        Raises: StorageError.
+        """
+        self._write(step, record, keep)
+        for name in set(self._kept) - set(keep):
+            self.stream(name).drop()
+        self._kept = tuple(keep)
+
+    def new_stream(self, name: str) -> Stream:
+        """An empty stream, gone after an interruption unless a step keeps it."""
+        self._streams[name] = Stream()
+        return self._streams[name]
+
+    def stream(self, name: str) -> Stream:
+        """A stream of this run, or one that the last finished step kept."""
+        return self._streams[name]
+
+    def _write(self, step: str, record: Any, keep: Sequence[str]) -> None:
+        self._records[step] = record
+
+
+class Journal(Workspace):
+    """The same on disk, in a directory that one process at a time may hold.
+
+    `claim` what the run is, then `begin`; until then nothing is written. Where an earlier run began, each
+    claim is compared with what that one claimed.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        """Raises: InputError if another process is at work there, or the directory is no journal's."""
+        super().__init__()
+        self.directory = directory
+        self._device: torch.device | str = "cpu"
+        self._mine = False
+        self._claims: dict[str, Any] = {}
+        self._seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+        self._file: FileIO | None = None
+        if (directory / JOURNAL).is_file():
+            self._open()
+        elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise InputError(f"{directory} is in the way: finished work goes there; move it elsewhere")
+
+    @property
+    def begun(self) -> bool:
+        return self._file is not None
+
+    @property
+    def worth_keeping(self) -> bool:
+        """Whether a block is finished, or an earlier process began."""
+        return self.finished_blocks > 0 or not self._mine
+
+    @property
+    def finished_blocks(self) -> int:
+        """Finished steps beyond the reading of the calibration text."""
+        return max(len(self._seconds) - 1, 0)
+
+    def seconds(self, prefix: str) -> float:
+        """Time that the steps of that name took, in whatever process."""
+        return sum(spent for step, spent in self._seconds.items() if step.startswith(prefix))
+
+    def claim(self, **claims: Any) -> None:
+        """Say what this run is. Raises: InputError naming what differs from the run that began here."""
+        claims = json.loads(json.dumps(claims))
+        if self.begun and (differs := difference(self._claims, claims)):
+            raise InputError(
+                f"{self.directory} holds the work of another run: {differs}; repeat its command, choose "
+                "another output directory, or delete it"
+            )
+        if not self.begun:
+            self._claims |= claims
+
+    def begin(self, device: torch.device | str) -> None:
+        """Create the directory, if no earlier run has. device: where streams are wanted.
+
+        Raises: StorageError.
+        """
+        self._device, self._since = device, time.perf_counter()
+        if self.begun:
+            return
+        self._mine = True
+        with refusals(self.directory):
+            self.directory.mkdir(parents=True, exist_ok=True)
+            sync(self.directory.parent)
+            self._lock()
+            assert self._file is not None
+            if os.fstat(self._file.fileno()).st_size > 0:
+                self.close()
+                raise InputError(f"another lrsd began in {self.directory} meanwhile; {_WAIT}")
+            self._append(self._claims)
+            sync(self.directory)
+
+    def close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+
+    def remove(self) -> None:
+        """Delete the directory. What a journal without lines leaves behind counts as nothing."""
+        assert self._file is not None
+        self._file.truncate(0)
+        os.fsync(self._file)
+        for path in self.directory.iterdir():
+            if path.name != JOURNAL:
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        (self.directory / JOURNAL).unlink()
+        self.directory.rmdir()
+        self.close()
+
+    def __contains__(self, step: str) -> bool:
+        return step in self._seconds
+
+    def read(self, step: str, kind: type[T]) -> T:
+        """What a finished step found, mapped from its file. Raises: CheckpointError if that is damaged."""
+        return read_record(self.directory / f"{step}.safetensors", kind)
+
+    def new_stream(self, name: str) -> Stream:
+        stream = self._streams[name] = StreamOnDisk(self.directory / f"{name}{_STREAM}", self._device)
+        stream.drop()
+        return stream
+
+    def stream(self, name: str) -> Stream:
+        if name not in self._streams:
+            self._streams[name] = StreamOnDisk(self.directory / f"{name}{_STREAM}", self._device)
+        return self._streams[name]
+
+    def _write(self, step: str, record: Any, keep: Sequence[str]) -> None:
+        for name in keep:
+            stream = self.stream(name)
+            assert isinstance(stream, StreamOnDisk)
+            stream.sync()
+        if record is not None:
+            write_record(self.directory / f"{step}.safetensors", record)
+        now = time.perf_counter()
+        with refusals(self.directory / JOURNAL):
+            self._append({"step": step, "keep": list(keep), "seconds": round(now - self._since, 3)})
+        self._seconds[step], self._since = now - self._since, now
+
+    def _open(self) -> None:
+        self._lock()
+        assert self._file is not None
+        try:
+            self._file.seek(0)
+            content = self._file.read()
+            whole = content.rfind(b"\n") + 1  # an interruption may leave half a line at the end
+            lines = [json.loads(line) for line in content[:whole].splitlines()]
+            if not lines:  # stopped before it began, or while it was removed
+                self.remove()
+                return
+            self._file.truncate(whole)
+            self._claims = dict(lines[0])
+            self._seconds = {line["step"]: float(line["seconds"]) for line in lines[1:]}
+            self._kept = tuple(lines[-1].get("keep", ()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            self.close()
+            raise CheckpointError(
+                f"{self.directory / JOURNAL} is damaged ({error}); delete {self.directory} to start anew"
+            ) from error
+        for path in self.directory.glob(f"*{_STREAM}"):
+            if path.name.removesuffix(_STREAM) not in self._kept:
+                shutil.rmtree(path)
+
+    def _lock(self) -> None:
+        self._file = FileIO(self.directory / JOURNAL, "a+")
+        try:
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self.close()
+            raise InputError(f"another lrsd is at work in {self.directory}; {_WAIT}") from error
+        if os.fstat(self._file.fileno()).st_nlink == 0:
+            self.close()
+            raise InputError(f"another lrsd has just ended in {self.directory}; repeat the command")
+
+    def _append(self, line: dict[str, Any]) -> None:
+        assert self._file is not None
+        content = json.dumps(line).encode() + b"\n"
+        while content:
+            content = content[self._file.write(content) :]
+        os.fsync(self._file)
+
+
+def difference(before: dict[str, Any], now: dict[str, Any], where: str = "") -> str | None:
+    """The first field of `now` that `before` has otherwise, with both values."""
+    for key, value in now.items():
+        name, known = f"{where}{key}", before.get(key)
+        if isinstance(value, dict) and isinstance(known, dict):
+            if inner := difference(known, value, f"{name}."):
+                return inner
+        elif value != known:
+            return f"{name} was {known!r}, is {value!r}"
+    return None

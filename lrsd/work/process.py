@@ -1,0 +1,79 @@
+"""Memory of this process: how much it holds and may hold, and giving back what it no longer uses."""
+
+import ctypes
+import re
+import resource
+import sys
+from collections.abc import Iterable
+from functools import cache
+from pathlib import Path
+
+_M_MMAP_THRESHOLD = -3
+
+
+def peak_rss() -> int:
+    """Most bytes that this process has held in memory at once."""
+    # Linux's getrusage also counts what the process that started this one held.
+    if match := re.search(r"VmHWM:\s+(\d+) kB", _read("/proc/self/status")):
+        return 1024 * int(match[1])
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak
+
+
+def current_rss() -> int:
+    """Bytes that this process holds in memory; where the system does not say, the most it has held."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_rss()
+
+
+def allowed_memory() -> int | None:
+    """Bytes that this process may hold: the machine's, or less where a control group or ulimit -d says so."""
+    limits = [resource.getrlimit(resource.RLIMIT_DATA)[0], *_cgroup_limits()]
+    if match := re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo")):
+        limits.append(1024 * int(match[1]))
+    return min((limit for limit in limits if limit >= 0), default=None)
+
+
+def release_freed() -> None:
+    """Give freed memory back to the system, where the C library keeps it (glibc): a block's worth of
+    matrices otherwise stays with the process, several times over."""
+    if trim := _malloc_trim():
+        trim(0)
+
+
+def give_back_freed(large: int) -> None:
+    """Have the C library (glibc) give every tensor of at least `large` bytes back to the system as soon as it
+    is freed, where otherwise it learns to keep them: leaves no holes between them, but costs time."""
+    if sys.platform.startswith("linux") and hasattr(_libc(), "mallopt"):
+        _libc().mallopt(_M_MMAP_THRESHOLD, large)
+
+
+def _cgroup_limits() -> Iterable[int]:
+    """Limits of the control groups that this process is in, of either version, and of those above them."""
+    for line in _read("/proc/self/cgroup").splitlines():
+        _, controllers, path = line.split(":", 2)
+        root, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")
+        if controllers in ("", "memory"):
+            for group in (Path(path), *Path(path).parents):
+                limit = _read(f"/sys/fs/cgroup/{root}/{group}/{name}").strip()
+                if limit.isdigit():
+                    yield int(limit)
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text()
+    except OSError:
+        return ""
+
+
+@cache
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
+
+
+@cache
+def _malloc_trim() -> "ctypes._FuncPointer | None":
+    return getattr(_libc(), "malloc_trim", None) if sys.platform.startswith("linux") else None

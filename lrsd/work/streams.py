@@ -1,0 +1,80 @@
+"""Hidden states on their way through a stack of blocks."""
+
+import shutil
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lrsd.errors import CheckpointError
+from lrsd.work.files import refusals, sync
+
+
+class Stream:
+    """Hidden states of all samples in one place of the model, one tensor (batch, seqlen, width) per batch.
+
+    This one holds them in memory; `storage.journal` has one that holds them on disk.
+    """
+
+    def __init__(self, batches: Iterable[Tensor] = ()) -> None:
+        self._batches = list(batches)
+
+    def append(self, hidden: Tensor) -> None:
+        self._batches.append(hidden)
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self._batches[batch]
+
+    def __len__(self) -> int:
+        return len(self._batches)
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return (self[batch] for batch in range(len(self)))
+
+    def drop(self) -> None:
+        """Forget everything: nobody will read this stream again."""
+        self._batches.clear()
+
+
+class StreamOnDisk(Stream):
+    """Hidden states of which no more is in memory than is in use; one safetensors file per batch."""
+
+    def __init__(self, directory: Path, device: torch.device | str) -> None:
+        super().__init__()
+        self._directory, self._device = directory, device
+        self._count = len(list(directory.glob("*.safetensors"))) if directory.is_dir() else 0
+
+    def append(self, hidden: Tensor) -> None:
+        with refusals(self._directory):
+            self._directory.mkdir(exist_ok=True)
+            save_file({"hidden": hidden.cpu().contiguous()}, self._path(self._count))
+        self._count += 1
+
+    def __getitem__(self, batch: int) -> Tensor:
+        try:
+            with safe_open(self._path(batch), framework="pt") as file:
+                # A copy: products may differ in their last bits with a tensor's place in memory.
+                return file.get_tensor("hidden").to(self._device, copy=True)
+        except (OSError, SafetensorError) as error:
+            raise CheckpointError(f"{self._path(batch)} cannot be read: {error}") from error
+
+    def __len__(self) -> int:
+        return self._count
+
+    def sync(self) -> None:
+        """Have all of it on disk before going on."""
+        with refusals(self._directory):
+            for batch in range(self._count):
+                sync(self._path(batch))
+            sync(self._directory)
+
+    def drop(self) -> None:
+        if self._directory.is_dir():
+            shutil.rmtree(self._directory)
+        self._count = 0
+
+    def _path(self, batch: int) -> Path:
+        return self._directory / f"{batch:05d}.safetensors"
