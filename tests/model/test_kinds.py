@@ -18,11 +18,12 @@ from transformers import (
     T5Config,
 )
 
-from lrsd.checkpoint.manifest import read_manifest, shard_paths
+from lrsd.checkpoint.manifest import read_manifest
 from lrsd.compress import compress, dry_run
 from lrsd.data.tokens import calibration_samples, token_blocks
 from lrsd.errors import InputError
 from lrsd.evaluate import evaluate, questions
+from lrsd.intake.safetensors import shard_paths
 from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
 from lrsd.model.replay import Replay

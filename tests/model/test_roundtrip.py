@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, pipeline
 
-from lrsd.checkpoint.manifest import Manifest, read_manifest, shard_paths
+from lrsd.checkpoint.manifest import Manifest, read_manifest
 from lrsd.checkpoint.reader import stored_bytes
 from lrsd.checkpoint.writer import write_model
 from lrsd.compress import compress
@@ -22,6 +22,7 @@ from lrsd.data.tokens import token_blocks, tokenize
 from lrsd.errors import CheckpointError
 from lrsd.export.dense import export_dense
 from lrsd.forms.packed import LowRankSparseLinear
+from lrsd.intake.safetensors import shard_paths
 from lrsd.model.layout import find_layout
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
