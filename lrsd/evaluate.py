@@ -19,7 +19,7 @@ from lrsd.model.load import LoadedModel, load_model
 from lrsd.model.samples import Samples, answer, chooses, distance, has_logits, run_model, try_running
 from lrsd.model.types import Model, Tokenizer
 from lrsd.progress import Progress
-from lrsd.settings import CalibrationSettings
+from lrsd.settings import Calibration
 
 # Window of the published WikiText-2 perplexities.
 _DEFAULT_SEQLEN = 2048
@@ -176,7 +176,7 @@ def questions(loaded: LoadedModel, content: str, seqlen: int, windows: int | Non
         raise InputError(f"{type(loaded.model).__name__} reads {reads}; give that with --ppl")
     if loaded.kind == "speech":
         features = read_features(content, "--ppl")[:windows]
-        settings = CalibrationSettings(source=content, samples=max(2, len(features)), seqlen=max(8, seqlen))
+        settings = Calibration(calib=content, samples=max(2, len(features)), seqlen=max(8, seqlen))
         heard = speech_samples(loaded.model, settings)
         return [Question(sample, _NONE, _NONE) for sample in heard[: len(features)].split(1)]
     tokenizer = loaded.require_tokenizer()

@@ -1,18 +1,13 @@
 """What was done, for people: the per-layer table, its plot, and the model card."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from lrsd.checkpoint.card import _codes, _mb, result_lines
+from lrsd.checkpoint.card import _mb, result_lines
 from lrsd.checkpoint.manifest import LayerRecord, Manifest
 from lrsd.errors import InputError
 from lrsd.evaluate import EvalResult
-from lrsd.numerics.allocate import dense_bytes, plan_bytes
-
-if TYPE_CHECKING:
-    from lrsd.compress import Prepared
+from lrsd.numerics.menu import Choice
+from lrsd.steps.prepare import Prepared
 
 
 def summary_lines(manifest: Manifest) -> list[str]:
@@ -29,47 +24,53 @@ def summary_lines(manifest: Manifest) -> list[str]:
 
 def layer_table(manifest: Manifest) -> str:
     """One row per linear weight."""
-    header = (
-        f"{'layer':<40} {'shape':>11} {'rank':>5} {'cols':>5} {'rows':>5} {'codes':>7} {'bits':>5} {'KB':>7} "
-        f"{'ratio':>6} {'error':>8} {'blend':>5}  status"
-    )
-    rows = [header]
+    rows = [
+        f"{'layer':<40} {'shape':>11} {'bits':>5} {'KB':>7} {'ratio':>6} {'error':>8} {'interp.':>7}  "
+        f"{'stored as':<32} status"
+    ]
     for name, layer in manifest.layers.items():
-        rank = "dense" if layer.rank is None else str(layer.rank)
         bits = 8 * layer.bytes / (layer.out_features * layer.in_features)
+        status = layer.state + (f", damping {layer.damping:.0e}" if layer.damping else "")
         rows.append(
-            f"{name:<40} {layer.out_features:>5}x{layer.in_features:<5} {rank:>5} {layer.columns:>5} "
-            f"{layer.rows:>5} {_codes(layer):>7} {bits:>5.2f} {layer.bytes / 1e3:>7.1f} "
-            f"{layer.dense_bytes / layer.bytes:>6.3f} {layer.error:>8.2e} {layer.blend:>5.2f}  {layer.status}"
+            f"{name:<40} {layer.out_features:>5}x{layer.in_features:<5} {bits:>5.2f} "
+            f"{layer.bytes / 1e3:>7.1f} {layer.dense_bytes / layer.bytes:>6.3f} {layer.error:>8.2e} "
+            f"{layer.interpolation:>7.2f}  {layer.stored_as:<32} {status}"
+            + f": {layer.reason}"
+            * bool(layer.reason)
         )
     return "\n".join(rows)
 
 
 def plan_table(prepared: Prepared) -> str:
     """What a dry run shows: the plan per layer, its bytes, and about how long the rest would take."""
-    rows = [
-        f"{'layer':<40} {'shape':>11} {'rank':>5} {'cols':>5} {'rows':>5} {'KB':>7} {'predicted error':>15}"
-    ]
-    for name, layer in prepared.choice.plan.items():
-        shape = prepared.curves[name].shape
-        rank = "dense" if layer.rank is None else str(layer.rank)
+    source, plan = prepared.source, prepared.plan
+    rows = [f"{'layer':<40} {'shape':>11} {'KB':>7} {'predicted error':>15}  stored as"]
+    for name, choice in plan.choices.items():
+        shape = source.layout.linears[name].shape
         rows.append(
-            f"{name:<40} {shape.out_features:>5}x{shape.in_features:<5} {rank:>5} {layer.columns:>5} "
-            f"{layer.rows:>5} {layer.nbytes(shape) / 1e3:>7.1f} {layer.error:>15.2e}"
+            f"{name:<40} {shape.out_features:>5}x{shape.in_features:<5} {choice.nbytes / 1e3:>7.1f} "
+            f"{choice.error:>15.2e}  {_parameters(choice)}"
         )
-    total, planned = dense_bytes(prepared.curves), plan_bytes(prepared.choice.plan, prepared.curves)
+    total, planned = source.linear_bytes, plan.nbytes
     return "\n".join([
         *rows,
         "",
         f"linear weights  {_mb(total)} -> {_mb(planned)}, {total / planned:.4g}x "
-        f"(budget {prepared.budget:,} bytes)",
-        f"allocation      {prepared.choice.name}, {_expected(prepared.choice.expected_kl)}"
-        f"{'' if prepared.choice.propagate else 'not '}behind the compressed prefix",
+        f"(budget {source.budget:,} bytes)",
+        f"allocation      {plan.name}, {_expected(plan.expected_kl)}calibrated on the "
+        f"{'compressed' if plan.propagate else 'dense'} model's activations",
         f"time            {sum(prepared.seconds.values()):.0f} s so far, "
         f"about {prepared.remaining_seconds:.0f} s to go",
-        f"memory          {_mb(prepared.needs.memory)} at most, as predicted",
-        f"disk            {_mb(prepared.needs.disk)} at most beside the output, as predicted",
+        f"memory          {_mb(prepared.resources.memory)} at most, as estimated",
+        f"disk            {_mb(prepared.resources.disk)} at most beside the output, as estimated",
     ])  # fmt: skip
+
+
+def _parameters(choice: Choice) -> str:
+    """An offer's own numbers, those that say anything."""
+    if choice.parameters is None:
+        return "dense"
+    return ", ".join(f"{name} {value:.4g}" for name, value in choice.parameters.items() if value > 0)
 
 
 def _expected(kl: float | None) -> str:

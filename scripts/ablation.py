@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from bench import Bench, parser
 
-from lrsd.settings import CompressionSettings
+from lrsd.recipe import Recipe
 
 AT_16_BIT = {
     "full": {},
@@ -47,7 +47,7 @@ def main() -> None:
     shared = bench.share_survey()
     variants = AT_16_BIT if args.bits == "16" else WITH_CODES
     for ratio in args.ratios:
-        full = CompressionSettings(ratio=ratio, bits=args.bits)
+        full = Recipe.of(ratio=ratio, bits=args.bits)
         for name, changes in variants.items():
             if args.only is None or name in args.only:
                 shared.run(f"{ratio:.4g}x {name}", replace(full, **changes))

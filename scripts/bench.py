@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from find_model import find_model
+from recipes import on
 from transformers import PreTrainedModel
 
 from lrsd.checkpoint.reader import stored_bytes
@@ -25,7 +26,8 @@ from lrsd.model.replay import Replay
 from lrsd.numerics.allocate import dense_bytes
 from lrsd.numerics.moments import Moments
 from lrsd.progress import Progress
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 from lrsd.steps.fit import fit_blocks
 from lrsd.steps.observe import block_moments, needs_sensitivity, survey_model
 from lrsd.steps.plan import choose_plan
@@ -76,7 +78,7 @@ class Bench:
             torch.set_num_threads(args.threads)
         self.args = args
         self.model = args.model or str(find_model())
-        self.calibration = CalibrationSettings(
+        self.calibration = Calibration(
             source=args.calib, samples=args.samples, seqlen=args.seqlen, seed=args.seed
         )
         self.dense = load_model(self.model)
@@ -96,7 +98,7 @@ class Bench:
         if not self.rows:
             self._add({"name": "dense", "protocol": protocol, **self._perplexities(self.dense)})
 
-    def run(self, name: str, settings: CompressionSettings) -> dict[str, Any]:
+    def run(self, name: str, settings: Recipe) -> dict[str, Any]:
         """Compress into a temporary directory, load it back, measure it, remove it."""
         if known := self.known(name):
             return known
@@ -104,7 +106,7 @@ class Bench:
         workspace = Path(tempfile.mkdtemp(prefix="lrsd-bench-"))
         try:
             start = time.perf_counter()
-            manifest = compress(self.model, workspace / "out", settings, self.calibration, Log())
+            manifest = compress(self.model, workspace / "out", on(settings, self.calibration), Log())
             seconds = time.perf_counter() - start
             packed = load_model(str(workspace / "out"))
             on_disk = stored_bytes(workspace / "out", manifest.layers)
@@ -198,7 +200,7 @@ class SharedSurvey:
                 before = behind
 
     @torch.inference_mode()
-    def run(self, name: str, settings: CompressionSettings, counted: float = 1.0) -> dict[str, Any]:
+    def run(self, name: str, settings: Recipe, counted: float = 1.0) -> dict[str, Any]:
         """Plan and fit on a fresh copy of the model, then measure it.
 
         counted: bytes reported per byte of the plan, for a bound on a method that is not built.

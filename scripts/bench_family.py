@@ -11,7 +11,7 @@ not go below 2.3 bits. Example:
 from bench import Bench, parser
 
 from lrsd.errors import BudgetError
-from lrsd.settings import CompressionSettings
+from lrsd.recipe import Recipe
 
 
 def main() -> None:
@@ -23,11 +23,11 @@ def main() -> None:
     shared = bench.share_survey()
     for ratio in args.ratios:
         corners = {
-            "lrsd": CompressionSettings(ratio=ratio),
-            "GPTQ": CompressionSettings(ratio=ratio, method="gptq"),
-            "GPTQ + outlier columns": CompressionSettings(ratio=ratio, method="gptq", structure="column"),
-            "SVD-LLM": CompressionSettings(ratio=ratio, method="svd-llm"),
-            "column pruning": CompressionSettings(ratio=ratio, method="columns"),
+            "lrsd": Recipe.of(ratio=ratio),
+            "GPTQ": Recipe.of(ratio=ratio, method="gptq"),
+            "GPTQ + outlier columns": Recipe.of(ratio=ratio, method="gptq", structure="column"),
+            "SVD-LLM": Recipe.of(ratio=ratio, method="svd-llm"),
+            "column pruning": Recipe.of(ratio=ratio, method="columns"),
         }
         for name, settings in corners.items():
             try:
@@ -35,7 +35,7 @@ def main() -> None:
             except BudgetError as error:
                 print(f"{ratio:.4g}x {name}: {error}", flush=True)
         if ratio > 2:
-            ssd = CompressionSettings(ratio=ratio / 2, method="ssd")
+            ssd = Recipe.of(ratio=ratio / 2, method="ssd")
             shared.run(f"{ratio:.4g}x SSD, 8 bit (bound)", ssd, counted=0.5)
     print(bench.table())
     if args.plot:

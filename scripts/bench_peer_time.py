@@ -17,13 +17,14 @@ from pathlib import Path
 
 import torch
 from bench import Bench, Log, parser
+from recipes import on
 from safetensors.torch import save_file
 
 from lrsd.compress import compress
 from lrsd.data.tokens import calibration_samples
 from lrsd.model.load import fingerprint
 from lrsd.progress import Progress
-from lrsd.settings import CompressionSettings
+from lrsd.recipe import Recipe
 
 
 def main() -> None:
@@ -44,8 +45,8 @@ def main() -> None:
         peer_script = str(Path(__file__).with_name("peer_llm_compressor.py"))
         peer = run([args.peer_python, peer_script, model, tokens, Path(place, "peer"), "--threads", threads])
         start = time.perf_counter()
-        settings = CompressionSettings(ratio=args.ratio)
-        manifest = compress(str(model), Path(place, "ours"), settings, bench.calibration, Log())
+        settings = Recipe.of(ratio=args.ratio)
+        manifest = compress(str(model), Path(place, "ours"), on(settings, bench.calibration), Log())
         seconds = time.perf_counter() - start
     print(f"llm-compressor GPTQ W4A16: {peer['seconds']:.1f} s")
     print(f"lrsd {args.ratio:g}x: {seconds:.1f} s = {seconds / peer['seconds']:.2f} x  {manifest.seconds}")

@@ -7,7 +7,7 @@ Example (the README's table):
 
 from bench import Bench, parser
 
-from lrsd.settings import CompressionSettings
+from lrsd.recipe import Recipe
 
 
 def main() -> None:
@@ -19,7 +19,7 @@ def main() -> None:
     for ratio in args.ratios:
         for method in args.methods:
             bits = args.bits if method == "lrsd" else "auto"
-            bench.run(f"{method} {ratio:g}x", CompressionSettings(ratio=ratio, method=method, bits=bits))
+            bench.run(f"{method} {ratio:g}x", Recipe.of(ratio=ratio, method=method, bits=bits))
     print(bench.table())
 
 

@@ -14,7 +14,7 @@ from bench import Bench, parser
 from lrsd.data.sources import read_text
 from lrsd.data.tokens import token_blocks
 from lrsd.model.load import load_model
-from lrsd.settings import CompressionSettings
+from lrsd.recipe import Recipe
 
 
 def main() -> None:
@@ -32,7 +32,7 @@ def main() -> None:
             dense.model(batch, use_cache=False)
         forward = time.perf_counter() - start
     del dense
-    row = bench.run(f"lrsd {args.ratio:g}x", CompressionSettings(ratio=args.ratio, bits=args.bits))
+    row = bench.run(f"lrsd {args.ratio:g}x", Recipe.of(ratio=args.ratio, bits=args.bits))
     print(f"one dense float32 forward pass over {tokens.numel():,} tokens: {forward:.1f} s")
     print(
         f"the whole compression: {row['seconds']:.1f} s = {row['seconds'] / forward:.2f} x  {row['phases']}"

@@ -16,13 +16,15 @@ from typing import Any
 
 import torch
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
+from recipes import on
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from lrsd.compress import compress
 from lrsd.progress import Progress
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 from lrsd.work.journal import partial_directory
 
 # Every value of the weights that lie outside of a case's directory.
@@ -113,11 +115,11 @@ def make_fixtures(root: Path) -> Fixtures:
         tokenizer.save_pretrained(base / name)
     (base / "gguf").mkdir()
     _write_gguf(base / "gguf" / "model.gguf", model, tokenizer)
-    calibration = CalibrationSettings(source=str(text), samples=8, seqlen=32)
+    calibration = Calibration(calib=str(text), samples=8, seqlen=32)
 
     def compressed(name: str, progress: Progress | None = None, **settings: Any) -> None:
-        chosen = CompressionSettings(device="cpu", **settings)
-        compress(str(base / "dense"), base / name, chosen, calibration, progress)
+        chosen = Recipe.of(device="cpu", **settings)
+        compress(str(base / "dense"), base / name, on(chosen, calibration), progress)
 
     compressed("entropy", ratio=3.0, scope="checkpoint")
     compressed("fixed", ratio=2.5, coding="fixed", shard_size="50KB")

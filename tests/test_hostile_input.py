@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from recipes import on
 from safetensors.torch import load_file, save_file
 
 from lrsd.checkpoint.manifest import read_manifest
@@ -31,7 +32,8 @@ from lrsd.export.dense import export_dense
 from lrsd.intake.json import parse_json, read_json
 from lrsd.intake.safetensors import INDEX_NAME, take_inventory
 from lrsd.model.load import load_model
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 from lrsd.steps.observe import SurveyedBlock
 from lrsd.work.journal import JOURNAL, Journal
 from lrsd.work.process import current_rss
@@ -43,8 +45,8 @@ UP_PROJ = "model.layers.1.mlp.up_proj.weight"
 @pytest.fixture(scope="module")
 def compressed(tiny_model_dir: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     output = tmp_path_factory.mktemp("hostile") / "compressed"
-    calibration = CalibrationSettings(source=str(text_file), samples=4, seqlen=32)
-    compress(str(tiny_model_dir), output, CompressionSettings(ratio=1.25, bits="16"), calibration)
+    calibration = Calibration(calib=str(text_file), samples=4, seqlen=32)
+    compress(str(tiny_model_dir), output, on(Recipe.of(ratio=1.25, bits="16"), calibration))
     return output
 
 
@@ -358,9 +360,9 @@ def test_a_link_to_a_secret_is_not_exported(compressed: Path, tmp_path: Path) ->
 def test_scales_of_an_embedding_must_fit_its_rows(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    settings = CompressionSettings(ratio=2.5, scope="checkpoint")
-    calibration = CalibrationSettings(source=str(text_file), samples=4, seqlen=32)
-    compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
+    settings = Recipe.of(ratio=2.5, scope="checkpoint")
+    calibration = Calibration(calib=str(text_file), samples=4, seqlen=32)
+    compress(str(tiny_model_dir), tmp_path / "out", on(settings, calibration))
     shard = tmp_path / "out" / "model.safetensors"
     tensors = load_file(shard)
     scales = tensors["model.embed_tokens.scales"]

@@ -9,6 +9,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from lrsd_cli.main import commands
+from recipes import on
 from safetensors.torch import load_file, save_file
 
 from lrsd.checkpoint.manifest import Manifest
@@ -17,17 +18,18 @@ from lrsd.compress import compress
 from lrsd.errors import BudgetError, NumericsError, SolverError
 from lrsd.evaluate import evaluate
 from lrsd.model.layout import LinearSpec
+from lrsd.recipe import Recipe
 from lrsd.report import summary_lines
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.settings import Calibration
 from lrsd.steps import fit
 from lrsd.steps import observe as survey
 
 Change = Callable[[dict[str, torch.Tensor]], None]
 MODES = {
-    "codes": CompressionSettings(ratio=4),
-    "codes, propagated": CompressionSettings(ratio=4, propagate=True),
-    "16 bit": CompressionSettings(ratio=1.5, bits="16"),
-    "fixed": CompressionSettings(ratio=3, coding="fixed"),
+    "codes": Recipe.of(ratio=4),
+    "codes, propagated": Recipe.of(ratio=4, propagate=True),
+    "16 bit": Recipe.of(ratio=1.5, bits="16"),
+    "fixed": Recipe.of(ratio=3, coding="fixed"),
 }
 
 
@@ -72,8 +74,8 @@ def test_the_budget_holds_and_the_result_is_finite(
 ) -> None:
     """On 16 tokens, of which the widest layer has 160 channels."""
     model = changed(tiny_model_dir, tmp_path / "model", change)
-    calibration = CalibrationSettings(source=str(text_file), samples=2, seqlen=8)
-    manifest = compress(str(model), tmp_path / "out", MODES[mode], calibration)
+    calibration = Calibration(calib=str(text_file), samples=2, seqlen=8)
+    manifest = compress(str(model), tmp_path / "out", on(MODES[mode], calibration))
     assert stored_bytes(tmp_path / "out", manifest.layers) == manifest.linear_bytes <= manifest.budget_bytes
     assert all(0 <= layer.error < 2 for layer in manifest.layers.values())
     found = evaluate(str(tmp_path / "out"), (str(text_file),), seqlen=32, windows=2)
@@ -85,10 +87,10 @@ def test_activations_beyond_float16_are_named(tiny_model_dir: Path, text_file: P
         tensors["model.layers.0.input_layernorm.weight"][:] = 6e4
 
     model = changed(tiny_model_dir, tmp_path / "model", overflow)
-    calibration = CalibrationSettings(source=str(text_file), samples=2, seqlen=8)
-    settings = CompressionSettings(ratio=4, dtype="float16")
+    calibration = Calibration(calib=str(text_file), samples=2, seqlen=8)
+    settings = Recipe.of(ratio=4, dtype="float16")
     with pytest.raises(NumericsError, match=r"the input of model.layers.\d.* non-finite .* --dtype"):
-        compress(str(model), tmp_path / "out", settings, calibration)
+        compress(str(model), tmp_path / "out", on(settings, calibration))
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
@@ -100,9 +102,9 @@ def test_a_solution_beyond_float16_is_none(tiny_model_dir: Path, text_file: Path
         tensors["model.layers.0.mlp.up_proj.weight"][:, 5] = 6e4
 
     model = changed(tiny_model_dir, tmp_path / "model", on_a_dead_input)
-    settings = CompressionSettings(ratio=1.5, method="svd-llm", dtype="float16")
+    settings = Recipe.of(ratio=1.5, method="svd-llm", dtype="float16")
     with pytest.raises(BudgetError, match=r"^1 layers could not be solved .* model.layers.0.mlp.up_proj"):
-        run(model, text_file, tmp_path / "out", settings)
+        run(model, text_file, on(tmp_path / "out", settings))
 
 
 @pytest.fixture
@@ -133,9 +135,9 @@ def unsolvable(monkeypatch: pytest.MonkeyPatch) -> str:
     return "model.layers.0.self_attn.v_proj"
 
 
-def run(model: Path, text: Path, output: Path, settings: CompressionSettings) -> Manifest:
-    calibration = CalibrationSettings(source=str(text), samples=8, seqlen=32)
-    return compress(str(model), output, settings, calibration)
+def run(model: Path, text: Path, output: Path, settings: Recipe) -> Manifest:
+    calibration = Calibration(calib=str(text), samples=8, seqlen=32)
+    return compress(str(model), output, on(settings, calibration))
 
 
 @pytest.mark.parametrize("propagate", [True, False])
@@ -143,8 +145,8 @@ def test_a_layer_that_cannot_be_solved_stays_dense_within_the_budget(
     unsolvable: str, propagate: bool, make_model: Any, tiny_llama: Any, text_file: Path, tmp_path: Path
 ) -> None:
     model = make_model(tiny_llama(num_hidden_layers=4))
-    settings = CompressionSettings(ratio=1.6, propagate=propagate)
-    manifest = run(model, text_file, tmp_path / "out", settings)
+    settings = Recipe.of(ratio=1.6, propagate=propagate)
+    manifest = run(model, text_file, on(tmp_path / "out", settings))
     assert manifest.layers[unsolvable].status == "dense: a reason of the survey's"
     failed = [
         name for name, layer in manifest.layers.items() if layer.status == "dense: a reason of the solver's"
@@ -162,5 +164,5 @@ def test_where_others_cannot_make_up_for_it_the_budget_is_not_broken(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     with pytest.raises(BudgetError, match=r"down_proj.* stay dense|stay dense, .*down_proj"):
-        run(tiny_model_dir, text_file, tmp_path / "out", CompressionSettings(ratio=3, bits="4"))
+        run(tiny_model_dir, text_file, on(tmp_path / "out", Recipe.of(ratio=3, bits="4")))
     assert list(tmp_path.iterdir()) == []

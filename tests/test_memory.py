@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import on
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -18,7 +19,8 @@ from lrsd.errors import InputError, SettingsError
 from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
 from lrsd.model.samples import Samples
-from lrsd.settings import CalibrationSettings, CompressionSettings, parse_size
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration, parse_size
 from lrsd.steps.estimate import Needs, foretell, predict
 from lrsd.work.process import current_rss, peak_rss, release_freed
 from lrsd.work.residency import MappedFiles, Residence
@@ -62,7 +64,7 @@ def needs(model_dir: Path, count: int = 8, limit: int = 2**40, **changes: Any) -
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     samples = Samples({"input_ids": torch.zeros(count, 32, dtype=torch.int64)})
     layout = find_layout(model, samples)
-    settings = CompressionSettings(ratio=4, batch=1, **changes)
+    settings = Recipe.of(ratio=4, batch=1, **changes)
     residence = Residence(model, limit)
     return predict(model, layout, samples, settings, residence, budget=10**6)
 
@@ -85,7 +87,7 @@ def test_what_propagation_holds_is_counted(tiny_model_dir: Path, monkeypatch: py
 def test_the_time_foretold_grows_with_the_text_and_with_propagation(tiny_model_dir: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     layout = find_layout(model, Samples({"input_ids": torch.zeros(1, 8, dtype=torch.int64)}))
-    quick, slow = CompressionSettings(ratio=4), CompressionSettings(ratio=4, propagate=True)
+    quick, slow = Recipe.of(ratio=4), Recipe.of(ratio=4, propagate=True)
     assert foretell(layout, 60.0, 2, quick) == pytest.approx(180, rel=0.05)
     assert foretell(layout, 60.0, 4, quick) == pytest.approx(360, rel=0.05)
     assert foretell(layout, 60.0, 2, slow) == pytest.approx(540, rel=0.05)
@@ -94,11 +96,11 @@ def test_the_time_foretold_grows_with_the_text_and_with_propagation(tiny_model_d
 def test_what_does_not_fit_is_refused_before_any_work(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calibration = CalibrationSettings(source=str(text_file), samples=4, seqlen=32)
-    settings = CompressionSettings(ratio=4)
+    calibration = Calibration(calib=str(text_file), samples=4, seqlen=32)
+    settings = Recipe.of(ratio=4)
 
     def run(**changes: Any) -> None:
-        compress(str(tiny_model_dir), tmp_path / "work" / "out", settings, calibration, **changes)
+        compress(str(tiny_model_dir), tmp_path / "work" / "out", on(settings, calibration), **changes)
 
     monkeypatch.setattr("lrsd.compress.survey_model", lambda *arguments: pytest.fail("work was begun"))
     with pytest.raises(InputError, match=r"of memory, 0\.10 GB are allowed; lower"):
@@ -157,9 +159,9 @@ def test_weights_in_turns_give_the_same_bytes_with_less_memory(
 
 
 def test_the_manifest_reports_both(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
-    calibration = CalibrationSettings(source=str(text_file), samples=4, seqlen=32)
-    settings = CompressionSettings(ratio=4, propagate=False)
-    memory = compress(str(tiny_model_dir), tmp_path / "out", settings, calibration).memory
+    calibration = Calibration(calib=str(text_file), samples=4, seqlen=32)
+    settings = Recipe.of(ratio=4, propagate=False)
+    memory = compress(str(tiny_model_dir), tmp_path / "out", on(settings, calibration)).memory
     assert 2**27 < memory["predicted"] < 2**33
     assert memory["peak"] == pytest.approx(memory["predicted"], rel=0.15)
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import on
 from torch import Tensor
 
 import lrsd.steps.plan
@@ -11,7 +12,8 @@ from lrsd.compress import compress, dry_run
 from lrsd.model import samples as samples_module
 from lrsd.model.load import load_model
 from lrsd.model.samples import answer, distance, run_model
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 from lrsd.steps.observe import HELD_OUT
 
 
@@ -20,13 +22,13 @@ def test_what_is_compared_is_what_would_be_lost(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(lrsd.steps.plan, "_TRUSTED_KL", 0.0)
-    calibration = CalibrationSettings(source=str(text_file), samples=16, seqlen=32)
+    calibration = Calibration(calib=str(text_file), samples=16, seqlen=32)
     settings = {"ratio": 3, "bits": "16", "alternations": 1, "propagate": False}
-    prepared = dry_run(str(tiny_model_dir), CompressionSettings(**settings), calibration)
+    prepared = dry_run(str(tiny_model_dir), on(Recipe.of(**settings), calibration))
     compared = prepared.choice.compared
     assert prepared.choice.name == min(compared, key=compared.__getitem__)
-    uniform = CompressionSettings(**settings, allocation="uniform")
-    compress(str(tiny_model_dir), tmp_path / "out", uniform, calibration)
+    uniform = Recipe.of(**settings, allocation="uniform")
+    compress(str(tiny_model_dir), tmp_path / "out", on(uniform, calibration))
     dense, packed = (load_model(str(path)).model for path in (tiny_model_dir, tmp_path / "out"))
     held_out = prepared.samples[-len(prepared.samples) // HELD_OUT :]
     reference, found, after = (

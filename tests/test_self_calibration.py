@@ -12,9 +12,9 @@ from lrsd.data.sources import require_text
 from lrsd.data.tokens import calibration_samples
 from lrsd.model.load import load_model
 from lrsd.progress import Progress
-from lrsd.settings import CalibrationSettings
+from lrsd.settings import Calibration
 
-SETTINGS = CalibrationSettings(samples=3, seqlen=8)
+SETTINGS = Calibration(samples=3, seqlen=8)
 
 
 class Notes(Progress):

@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import on
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.functional import linear
@@ -21,8 +22,9 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from lrsd.compress import compress
 from lrsd.errors import CheckpointError
-from lrsd.forms.packed import LowRankSparseLinear
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.forms.packed import PackedLinear
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 
 # ------------------------------------------------------------------------------------------ stub of vLLM
 
@@ -269,9 +271,9 @@ LEFT_DENSE = ("0.self_attn.k_proj", "1.mlp.gate_proj", "1.mlp.up_proj", "1.self_
 
 
 def compressed(base: Path, text_file: Path, directory: Path, **settings: Any) -> Path:
-    calibration = CalibrationSettings(source=str(text_file), samples=8, seqlen=32)
+    calibration = Calibration(calib=str(text_file), samples=8, seqlen=32)
     settings = {"allocation": "uniform", "propagate": False, **settings}
-    compress(str(base), directory, CompressionSettings(**settings), calibration)
+    compress(str(base), directory, on(Recipe.of(**settings), calibration))
     return directory
 
 
@@ -384,7 +386,7 @@ def test_every_layer_computes_what_it_computes_in_transformers(
     plain = {name for name, method in methods.items() if method is UnquantizedLinearMethod}
     assert plain == {"model.layers.1.mlp.gate_up_proj", "model.layers.1.self_attn.o_proj"}
     q, k, v = model.get_submodule("model.layers.0.self_attn.qkv_proj.lrsd").parts
-    assert [type(part) for part in (q, k, v)] == [LowRankSparseLinear, nn.Linear, LowRankSparseLinear]
+    assert [type(part) for part in (q, k, v)] == [PackedLinear, nn.Linear, PackedLinear]
 
 
 def test_tensors_may_come_in_any_order(plugin: ModuleType, entropy: Path) -> None:
@@ -405,7 +407,7 @@ def test_conv1d_weights_fused_on_disk_and_a_bias_that_is_added_once(
     directory = compressed(make_model(config), text_file, tmp_path / "out", rank=5, ratio=3)
     model, reference = served(GPT2, directory)
     packed = reference.get_submodule("transformer.h.0.attn.c_attn")
-    assert isinstance(packed, LowRankSparseLinear)
+    assert isinstance(packed, PackedLinear)
     assert packed.layout.rank == 5  # a weight of rank 0 has nothing to turn around
     assert packed.bias.detach().abs().min() > 0
     assert_same_outputs(model, reference)
@@ -423,7 +425,7 @@ def test_compiles_into_one_graph_and_holds_codes_once(plugin: ModuleType, checkp
         torch.compiler.reset()
         graph = torch.compile(lambda x, layer=layer: layer(x)[0], fullgraph=True, backend="eager")
         assert torch.equal(graph(x), layer(x)[0])
-    parts = [part for part in model.modules() if isinstance(part, LowRankSparseLinear)]
+    parts = [part for part in model.modules() if isinstance(part, PackedLinear)]
     assert all(part.codes is None or part.codes.numel() == 0 for part in parts)
 
 

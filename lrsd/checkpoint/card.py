@@ -1,14 +1,14 @@
 """The model card: README.md of a checkpoint directory."""
 
-from __future__ import annotations
+import re
 
-from lrsd.checkpoint.manifest import LayerRecord, Manifest
+from lrsd.checkpoint.manifest import Manifest
 
 
 def result_lines(manifest: Manifest) -> list[str]:
     """A few lines: ratios, bits, multiply-adds."""
     kinds = _kinds(manifest)
-    whole = manifest.settings.get("scope") == "checkpoint"
+    whole = manifest.recipe.get("scope") == "checkpoint"
     kept = "embeddings and head in 8 bit" if whole else "embeddings, head and norms are kept"
     return [
         f"linear weights  {_mb(manifest.dense_linear_bytes)} -> {_mb(manifest.linear_bytes)}, "
@@ -30,11 +30,9 @@ def _left_alone(manifest: Manifest) -> list[str]:
     for reason, names in by_reason.items():
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
         lines.append(f"left dense      {shown} ({reason})")
-    unsolved = {
-        name: layer.status for name, layer in manifest.layers.items() if layer.status[:7] == "dense: "
-    }
-    lines += [f"left dense      {name} ({status[7:]})" for name, status in unsolved.items()]
-    if damped := [name for name, layer in manifest.layers.items() if "damping" in layer.status]:
+    reasons = {name: layer.reason for name, layer in manifest.layers.items() if layer.reason}
+    lines += [f"left dense      {name} ({reason})" for name, reason in reasons.items()]
+    if damped := [name for name, layer in manifest.layers.items() if layer.damping]:
         lines.append(f"more damping    {len(damped)} layers, {damped[0]} among them; see lrsd inspect")
     starved = {
         name: layer.routed_tokens
@@ -46,16 +44,10 @@ def _left_alone(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _codes(layer: LayerRecord) -> str:
-    if layer.coding is None:
-        return "-"
-    return layer.coding if layer.code_bits is None else f"{layer.code_bits} bit"
-
-
 def model_card(manifest: Manifest) -> str:
     """README.md of the checkpoint directory."""
     lines = "\n".join(f"    {line}" for line in result_lines(manifest))
-    calibration = manifest.calibration
+    recipe = manifest.recipe
     return f"""---
 base_model: {manifest.base_model}
 library_name: transformers
@@ -64,7 +56,7 @@ tags: [lrsd, low-rank, sparse, compressed]
 # {manifest.base_model}, compressed {manifest.ratio:.3g}x by lrsd {manifest.lrsd_version}
 
 Each linear weight is stored as low rank + kept columns or rows + integer codes, fitted to its outputs on
-{calibration["samples"]} x {calibration["seqlen"]} tokens of calibration text ({calibration["source"]}).
+{recipe["samples"]} x {recipe["seqlen"]} tokens of calibration text ({recipe["calib"]}).
 The source held its weights as {manifest.base_stored_as}.
 
 {lines}
@@ -83,15 +75,10 @@ model = {manifest.model_class}.from_pretrained("this directory")
 
 
 def _kinds(manifest: Manifest) -> dict[str, int]:
+    """Layers by the parts that they are stored as, without the numbers of these."""
     counts: dict[str, int] = {}
     for layer in manifest.layers.values():
-        parts = (
-            (layer.rank, "low rank"),
-            (layer.columns, "columns"),
-            (layer.rows, "rows"),
-            (layer.coding, f"{_codes(layer)} codes"),
-        )
-        kind = " + ".join(name for present, name in parts if present) if layer.rank is not None else "dense"
+        kind = re.sub(r"(rank) \d+|\d[\d,]* (entries|columns|rows)", r"\1\2", layer.stored_as)
         counts[kind] = counts.get(kind, 0) + 1
     return counts
 

@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from lrsd.errors import CheckpointError
+from lrsd.forms.layer import parse_layer
 from lrsd.intake.json import read_json
 from lrsd.work.files import write_json
 from lrsd.work.records import decode
 
 MANIFEST_NAME = "lrsd.json"
-MANIFEST_VERSION = 1
+MANIFEST_VERSION = 2
 RECIPE_NAME = "recipe.json"
 CARD_NAME = "README.md"
 RUN_NAME = "run.json"
@@ -20,37 +21,37 @@ RUN_NAME = "run.json"
 class LayerRecord:
     """One linear weight in the manifest. error: measured relative output error against its target.
 
-    rank None: the weight stayed dense. coding: "entropy" or "fixed" codes, with the width and group of
-    the latter and the step of the former. blend: how far its target moved from its own weight towards
-    the one that makes up for the compressed prefix. status: of the solver. routed_tokens: of the
-    calibration text, that reached this expert; None: all of them.
+    layer: its entry in config.json; None: the weight stayed dense. parameters: what its method made the offer of.
+    interpolation: how far its target moved from its own weight towards the one that makes up for the errors of its
+    inputs. state, reason, damping: of the solver. routed_tokens: of the calibration text, that reached this
+    expert; None: all of them.
     """
 
     out_features: int
     in_features: int
-    rank: int | None
-    coding: str | None
-    code_bits: int | None
-    group: int
-    step: float
-    columns: int
-    rows: int
-    entries: int | None
-    bias: bool
+    layer: dict[str, Any] | None
+    parameters: dict[str, float]
     bytes: int
     dense_bytes: int
     error: float
     predicted_error: float
     sensitivity: float
-    blend: float
-    status: str
+    interpolation: float
+    state: str
+    reason: str = ""
+    damping: float = 0.0
     history: tuple[float, ...] = ()
     routed_tokens: int | None = None
+
+    @property
+    def stored_as(self) -> str:
+        """The parts that it is stored as, in words."""
+        return "dense" if self.layer is None else parse_layer("", self.layer).describe()
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """lrsd.json: what was done, to what, and what came of it. files: SHA-256 of every file beside it, but the
+    """lrsd.json: what was done, to what, and what came of it. text: digest or name of the calibration text. files: SHA-256 of every file beside it, but the
     model card, which people edit. seconds by phase and memory in bytes differ from run to run: they are kept
     apart, in run.json."""
 
@@ -59,8 +60,8 @@ class Manifest:
     base_stored_as: str
     lrsd_version: str
     environment: dict[str, str]
-    calibration: dict[str, Any]
-    settings: dict[str, Any]
+    text: str
+    recipe: dict[str, Any]
     ratio: float
     checkpoint_ratio: float
     linear_bytes: int

@@ -12,7 +12,7 @@ from lrsd.errors import StorageError
 from lrsd.model.cache import cached_pass
 from lrsd.model.types import Model, Tokenizer
 from lrsd.progress import Progress
-from lrsd.settings import CalibrationSettings
+from lrsd.settings import Calibration
 from lrsd.work.files import refusals, write_tensors
 
 # Samples generated side by side, and greedy tokens at the start of each.
@@ -26,7 +26,7 @@ def self_calibration(
     model: Model,
     tokenizer: Tokenizer,
     fingerprint: str,
-    calibration: CalibrationSettings,
+    calibration: Calibration,
     progress: Progress,
 ) -> Tensor:
     """Text sampled from the model itself, (samples, seqlen) int64; needs no data.
@@ -60,7 +60,7 @@ def self_calibration(
     return tokens
 
 
-def _kept_tokens(path: Path, calibration: CalibrationSettings, vocabulary: int) -> Tensor | None:
+def _kept_tokens(path: Path, calibration: Calibration, vocabulary: int) -> Tensor | None:
     """Text that an earlier run sampled; None if there is none, or it is damaged."""
     try:
         tokens = load_file(path)["tokens"]

@@ -12,7 +12,7 @@ from lrsd.model.load import LoadedModel, panics
 from lrsd.model.samples import Samples
 from lrsd.model.types import Model, Tokenizer
 from lrsd.progress import Progress
-from lrsd.settings import CalibrationSettings
+from lrsd.settings import Calibration
 
 # Characters tokenized at once, where there are line breaks to cut at.
 _PIECE = 2**23
@@ -20,30 +20,30 @@ _EXAMPLE_TOKENS = 8
 
 
 def calibration_samples(
-    loaded: LoadedModel, identity: str, calibration: CalibrationSettings, progress: Progress
+    loaded: LoadedModel, identity: str, calibration: Calibration, progress: Progress
 ) -> Samples:
     """What the model's activations are measured on: sampled from the model itself, or cut from a text.
 
     A model of two stacks reads a block of the text and writes what follows it, or reads pairs, see
     `read_pairs`; one that hears reads the `input_features` of a safetensors file, and answers by itself.
     """
-    if calibration.source == "self" and loaded.kind != "causal":
+    if calibration.calib == "self" and loaded.kind != "causal":
         raise InputError(
             f"{type(loaded.model).__name__} cannot write its own calibration text; give --calib FILE"
         )
     limit = loaded.context_length
     if limit is not None and calibration.seqlen > limit and loaded.kind != "speech":
         raise InputError(f"the model reads at most {limit} tokens; lower --seqlen from {calibration.seqlen}")
-    if calibration.source == "self":
+    if calibration.calib == "self":
         tokens = self_calibration(loaded.model, loaded.require_tokenizer(), identity, calibration, progress)
         return Samples({"input_ids": tokens})
     if loaded.kind == "speech":
         return speech_samples(loaded.model, calibration)
     tokenizer = loaded.require_tokenizer()
     count, seqlen, seed = calibration.samples, calibration.seqlen, calibration.seed
-    if loaded.kind == "seq2seq" and (pairs := read_pairs(calibration.source)):
+    if loaded.kind == "seq2seq" and (pairs := read_pairs(calibration.calib)):
         return packed_pairs(loaded, pairs, calibration)
-    text = read_text(calibration.source, split="train", option="--calib")
+    text = read_text(calibration.calib, split="train", option="--calib")
     if loaded.kind == "seq2seq":
         blocks = token_blocks(tokenizer, text, samples=count, seqlen=2 * seqlen, seed=seed)
         return paired(loaded.model, blocks)
@@ -79,9 +79,7 @@ def behind_start(model: Model, targets: Tensor) -> Tensor:
     return torch.cat([torch.full((len(targets), 1), 0 if first is None else first), targets[:, :-1]], 1)
 
 
-def packed_pairs(
-    loaded: LoadedModel, pairs: list[tuple[str, str]], calibration: CalibrationSettings
-) -> Samples:
+def packed_pairs(loaded: LoadedModel, pairs: list[tuple[str, str]], calibration: Calibration) -> Samples:
     """Pairs one after the other, in samples of `seqlen` source tokens and as many target tokens as go with
     them on average: samples are unpadded, so that a sample's ends need not meet.
 
@@ -96,7 +94,7 @@ def packed_pairs(
     count = min(calibration.samples, len(sources) // seqlen, len(targets) // written)
     if count < 2:
         raise InputError(
-            f"--calib: {calibration.source} has {len(sources)} source and {len(targets)} target tokens; two "
+            f"--calib: {calibration.calib} has {len(sources)} source and {len(targets)} target tokens; two "
             f"samples need {2 * seqlen} and {2 * written}; give more pairs or a smaller --seqlen"
         )
     return Samples({
@@ -114,12 +112,12 @@ def enclosed(tokenizer: Tokenizer, blocks: Tensor) -> Tensor:
     return enclosed
 
 
-def speech_samples(model: Model, calibration: CalibrationSettings) -> Samples:
+def speech_samples(model: Model, calibration: Calibration) -> Samples:
     """Features of sound from a safetensors file, and what the model itself hears in them.
 
     Raises: InputError if the file holds no `input_features` (N, channels, frames).
     """
-    features = read_features(calibration.source, "--calib")[: calibration.samples]
+    features = read_features(calibration.calib, "--calib")[: calibration.samples]
     length = min(calibration.seqlen, model.config.max_target_positions - 1)
     targets = model.generate(  # type: ignore[operator]
         features.to(model.device, model.dtype), max_new_tokens=length, min_new_tokens=length, do_sample=False

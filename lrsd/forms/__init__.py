@@ -1,0 +1,14 @@
+"""Stored forms of a linear weight, by the name that config.json knows them by."""
+
+from lrsd.forms.base import Form
+from lrsd.forms.entropy import Entropy
+from lrsd.forms.groupwise import Groupwise
+from lrsd.forms.lowrank import LowRank
+from lrsd.forms.masked import Masked
+
+FORMS: dict[str, type[Form]] = {
+    "low_rank": LowRank,
+    "masked": Masked,
+    "entropy": Entropy,
+    "groupwise": Groupwise,
+}

@@ -38,11 +38,12 @@ _FREE_COUNT = 1000
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape, safetensors' name of the type ("BF16"), and shard of one tensor."""
+    """Shape, safetensors' name of the type ("BF16"), shard and size in bytes of one tensor."""
 
     shape: tuple[int, ...]
     dtype: str
     shard: Path
+    nbytes: int = 0
 
     @property
     def numel(self) -> int:
@@ -145,7 +146,7 @@ def read_header(shard: Path) -> Iterator[tuple[str, StoredTensor]]:
             ):
                 raise ValueError(f"{name!r:.80} has an impossible entry")
             end = max(end, stop)
-            yield name, StoredTensor(shape, entry["dtype"], shard)
+            yield name, StoredTensor(shape, entry["dtype"], shard, stop - start)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"cannot load {shard}: its header is damaged ({error})") from error
     if 8 + length + end != size:

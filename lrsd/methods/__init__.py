@@ -1,0 +1,20 @@
+"""Methods of compression, by the name that `--method` knows them by."""
+
+from lrsd.methods.base import Method
+from lrsd.methods.columns import Columns
+from lrsd.methods.gptq import Gptq
+from lrsd.methods.lrsd import Lrsd
+from lrsd.methods.sparsegpt import SparseGpt
+from lrsd.methods.ssd import Ssd
+from lrsd.methods.svd import Asvd, Svd, SvdLlm
+
+METHODS: dict[str, type[Method]] = {
+    "lrsd": Lrsd,
+    "gptq": Gptq,
+    "sparsegpt": SparseGpt,
+    "ssd": Ssd,
+    "svd-llm": SvdLlm,
+    "asvd": Asvd,
+    "svd": Svd,
+    "columns": Columns,
+}

@@ -1,18 +1,16 @@
 """Where a model keeps its blocks and linear weights, found by looking rather than by family name."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from lrsd.errors import InputError
+from lrsd.forms.base import VALUE_BYTES, Shape
 from lrsd.model.experts import DOWNS, UPS, is_unfused
 from lrsd.model.samples import Samples, try_running
-from lrsd.numerics.allocate import VALUE_BYTES, Shape
+from lrsd.model.slots import is_linear, weight_slot
 from lrsd.settings import Selection
 
 
@@ -23,7 +21,6 @@ class LinearSpec:
     name: str
     shape: Shape
     has_bias: bool
-    transposed: bool
 
 
 @dataclass(frozen=True)
@@ -47,7 +44,7 @@ class InputGroup:
         return self.linears[0].shape.in_features
 
     @property
-    def aligned(self) -> bool:
+    def token_aligned(self) -> bool:
         """Whether every pass has one input here for every token, so that two passes can be compared."""
         return self.routed is None and not self.repeated
 
@@ -56,13 +53,13 @@ class InputGroup:
 class Block:
     """One layer of a stack: its module name, its input groups in call order, and the number of its stack.
 
-    leads: its input is the stack's.
+    is_first: its input is the stack's.
     """
 
     name: str
     groups: tuple[InputGroup, ...]
     stack: int
-    leads: bool
+    is_first: bool
 
 
 @dataclass(frozen=True)
@@ -76,15 +73,15 @@ class Layout:
     stream_width: int
     untouched: dict[str, str] = field(default_factory=dict)
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, LinearSpec]:
         return {spec.name: spec for group in self.groups for spec in group.linears}
 
-    @property
+    @cached_property
     def groups(self) -> list[InputGroup]:
         return [group for block in self.blocks for group in block.groups]
 
-    @property
+    @cached_property
     def stacks(self) -> int:
         return 1 + max(block.stack for block in self.blocks)
 
@@ -144,9 +141,11 @@ def find_layout(model: PreTrainedModel, example: Samples, selection: Selection |
         if is_linear(module) and name not in layout.linears and name not in untouched:
             head = module is model.get_output_embeddings()
             untouched[name] = "the model's head" if head else "not run within a block"
-    for name, parameter in model.named_parameters():
-        if parameter.dim() == 3 and any(name.startswith(f"{block.name}.") for block in layout.blocks):
-            untouched[name] = "a 3-D weight of a kind that is not known"
+    for traced_block in layout.blocks:
+        module = model.get_submodule(traced_block.name)
+        for name, parameter in module.named_parameters(traced_block.name):
+            if parameter.dim() == 3:
+                untouched[name] = "a 3-D weight of a kind that is not known"
     if not layout.linears:
         raise InputError(
             f"{type(model).__name__} runs no linear layer inside its blocks "
@@ -175,41 +174,6 @@ def _chosen(group: InputGroup, selection: Selection, untouched: dict[str, str]) 
     untouched |= {name: reason for name, reason in reasons.items() if reason}
     linears = tuple(spec for spec in group.linears if reasons[spec.name] is None)
     return replace(group, linears=linears) if linears else None
-
-
-def is_linear(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear | Conv1D)
-
-
-def read_weight(model: nn.Module, spec: LinearSpec) -> Tensor:
-    """The weight as (O, I) float32 on its device, whatever its storage."""
-    weight = model.get_submodule(spec.name).weight
-    assert isinstance(weight, Tensor)
-    return (weight.T if spec.transposed else weight).detach().float()
-
-
-@contextmanager
-def replaced_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor, dtype: torch.dtype) -> Iterator[None]:
-    """The model with another weight in one place, for as long as the context lasts."""
-    module = model.get_submodule(spec.name)
-    original = module.weight
-    assert isinstance(original, nn.Parameter)
-    stored = W_OI.T.contiguous() if spec.transposed else W_OI
-    module.weight = nn.Parameter(stored.to(dtype), requires_grad=False)
-    try:
-        yield
-    finally:
-        module.weight = original
-
-
-def exchange_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor) -> nn.Parameter:
-    """Put another weight in place; the old one is returned."""
-    module = model.get_submodule(spec.name)
-    original = module.weight
-    assert isinstance(original, nn.Parameter)
-    stored = (W_OI.T if spec.transposed else W_OI).to(original.dtype).contiguous()
-    module.weight = nn.Parameter(stored, requires_grad=False)
-    return original
 
 
 def _block_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
@@ -256,9 +220,5 @@ def _expert_groups(model: PreTrainedModel, block_name: str, block: nn.Module) ->
 
 
 def _spec(model: PreTrainedModel, name: str) -> LinearSpec:
-    module = model.get_submodule(name)
-    transposed = isinstance(module, Conv1D)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    out_features, in_features = weight.shape[::-1] if transposed else weight.shape
-    return LinearSpec(name, Shape(out_features, in_features), module.bias is not None, transposed)
+    slot = weight_slot(model, name)
+    return LinearSpec(name, slot.shape, slot.bias is not None)

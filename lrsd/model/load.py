@@ -237,6 +237,15 @@ def resolve_device(device: str) -> torch.device:
         raise InputError(f"device {device!r} is not available: {_first_line(error)}") from error
 
 
+def exact_device(device: torch.device) -> torch.device:
+    """Where moments are summed and layers are solved: the device itself, or the CPU where it has no float64."""
+    return device if _has_float64(device) else torch.device("cpu")
+
+
+def _has_float64(device: torch.device) -> bool:
+    return device.type != "mps"  # Apple's
+
+
 def _model_class(config: PretrainedConfig) -> Any:
     """The class that the configuration names; a language model where it names none.
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -18,10 +18,15 @@ from lrsd.model.layout import Block, Layout
 from lrsd.model.load import check_finite
 from lrsd.model.samples import Samples, answer, run_model
 from lrsd.work.streams import Stream
+from lrsd.work.world import World
 
 
 class _Reached(Exception):  # noqa: N818 - a signal, not an error
     """Raised by a hook to leave a forward pass as soon as it has what it came for."""
+
+
+# Batch number, hidden states before the block, its output, the inputs of its groups by name.
+Observer = Callable[[int, Tensor, Tensor, dict[str, Tensor]], None]
 
 
 @dataclass(frozen=True)
@@ -41,19 +46,21 @@ class Replay:
     since samples are unpadded; in a decoder that looks at an encoder, also on the encoder's output: that of
     the model as it was at the start. calls: per batch, per block; shared by batches of one shape if the
     first two of them agree.
-    entering: the hidden states that enter each stack's first block.
+    inputs: the hidden states that enter each stack's first block.
     encoded: the encoder's output for the first batch, where there is one.
     batch_sizes: samples per batch.
     finished: to be called with a block's module when its weights will not be read for a while.
+    world: whose batches these are.
     """
 
     model: PreTrainedModel
     layout: Layout
     calls: tuple[list[_Call], ...]
-    entering: tuple[Stream, ...]
+    inputs: tuple[Stream, ...]
     encoded: Tensor | None
     batch_sizes: tuple[int, ...]
     finished: Callable[[nn.Module], None]
+    world: World = field(default_factory=World)
 
     @staticmethod
     def start(
@@ -91,10 +98,33 @@ class Replay:
         output = self.block(index)(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
-    def run_all(self, index: int, stream: Stream, into: Stream) -> None:
-        """Append the block's output for every batch."""
-        for batch, hidden in enumerate(stream):
-            into.append(self.run(index, batch, hidden))
+    def pass_(
+        self,
+        index: int,
+        before: Stream,
+        outputs: Stream | None = None,
+        observe: Observer | None = None,
+        *,
+        until: str | None = None,
+    ) -> None:
+        """Run one block on every batch of this process: the only loop over batches.
+
+        Args: before, outputs: where its hidden states come from and go to; observe: called with number, hidden
+            states, output, and inputs by group name; until: the one group to look at, what comes after it in
+            the block not being run: there is no output then.
+        """
+        for batch in self.world.share(len(before)):
+            hidden = before[batch]
+            if until is not None:
+                output, inputs = hidden, {until: self.input_of(index, until, batch, hidden)}
+            elif observe is not None:
+                output, inputs = self.run_with_inputs(index, batch, hidden)
+            else:
+                output, inputs = self.run(index, batch, hidden), {}
+            if outputs is not None:
+                outputs.put(batch, output)
+            if observe is not None:
+                observe(batch, hidden, output, inputs)
 
     def run_with_inputs(self, index: int, batch: int, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Output of one block and the input of each of its groups, by group name.
@@ -122,7 +152,7 @@ class Replay:
             self.run(index, batch, hidden)
         return inputs[group]
 
-    def adds_to_output(self, index: int, linear: str, hidden: Tensor) -> bool:
+    def writes_residual(self, index: int, linear: str, hidden: Tensor) -> bool:
         """Whether the block's output contains this linear's output one to one (residual stream).
 
         Tried on batch 0, not assumed: the linear's output is shifted and the block's output has to follow.
@@ -241,7 +271,7 @@ def _trace(model: PreTrainedModel, layout: Layout, samples: Samples, *, only_ent
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], block: Block) -> None:
         hidden = args[0] if args else kwargs["hidden_states"]
         check_finite(f"the input of {block.name}", hidden)
-        if block.leads:
+        if block.is_first:
             entering.append(hidden)
             if only_entry:
                 raise _Reached

@@ -31,13 +31,13 @@ class Spectrum:
         return torch.cat([tail, tail.new_zeros(1)])
 
 
-def spectrum(W_OI: Tensor, gram_II: Tensor) -> Spectrum:
+def spectrum(W_OI: Tensor, gram_II: Tensor, root_II: Tensor | None = None) -> Spectrum:
     """Eigenvectors of W G W^T: the rank-r optimum of min tr((W - L) G (W - L)^T) is U_r U_r^T W.
 
     No inverse of G is taken, so G may be singular. The smaller side is decomposed: for O > I the
     eigenvectors come from C^T W^T W C with G = C C^T.
 
-    Args: W_OI (O, I); gram_II (I, I) mean of x x^T over tokens; same floating dtype.
+    Args: W_OI (O, I); gram_II (I, I) mean of x x^T over tokens; same floating dtype; root_II: C, where known.
     Raises: SolverError.
     Source: Eckart & Young 1936 in the metric G; cf. SVD-LLM (ICLR 2025), section 3.
     """
@@ -45,7 +45,7 @@ def spectrum(W_OI: Tensor, gram_II: Tensor) -> Spectrum:
     if out_features <= in_features:
         values, vectors = _eigh(W_OI @ gram_II @ W_OI.T)
         return Spectrum(vectors.flip(1), values.flip(0).clamp(min=0))
-    outputs_OI = W_OI @ square_root(gram_II)
+    outputs_OI = W_OI @ (square_root(gram_II) if root_II is None else root_II)
     values, vectors = _eigh(outputs_OI.T @ outputs_OI)
     values, vectors = values.flip(0).clamp(min=0), vectors.flip(1)
     # QR restores the orthonormality that dividing by sqrt(values) loses among tiny values.
@@ -94,13 +94,13 @@ def ridged_cholesky(gram_II: Tensor, ridge: float) -> tuple[Tensor, float]:
         ridge *= 100
 
 
-def spectrum_errors(W_OI: Tensor, gram_II: Tensor) -> Tensor:
+def spectrum_errors(W_OI: Tensor, gram_II: Tensor, root_II: Tensor | None = None) -> Tensor:
     """`spectrum(W, G).errors()` from eigenvalues alone, at a fraction of the time; (q + 1,)."""
     out_features, in_features = W_OI.shape
     if out_features <= in_features:
         values = torch.linalg.eigvalsh(W_OI @ gram_II @ W_OI.T)
     else:
-        outputs_OI = W_OI @ square_root(gram_II)
+        outputs_OI = W_OI @ (square_root(gram_II) if root_II is None else root_II)
         values = torch.linalg.eigvalsh(outputs_OI.T @ outputs_OI)
     return Spectrum(W_OI[:, :0], values.flip(0).clamp(min=0)).errors()
 

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor
 
 from lrsd.numerics.lowrank import best_low_rank, complement, ridged_cholesky
+from lrsd.numerics.metric import Metric
 from lrsd.numerics.moments import energy
-from lrsd.numerics.quantize import Feedback, GridCodes, LatticeCodes, feedback
+from lrsd.numerics.rounding import EntropyCodes, GroupCodes, HessianFactor, hessian_factor
 from lrsd.numerics.structured import (
     ColumnSplit,
     column_energies,
@@ -44,7 +45,7 @@ class Decomposition:
     error: float
     history: tuple[float, ...]
     status: str
-    codes: LatticeCodes | GridCodes | None = None
+    codes: EntropyCodes | GroupCodes | None = None
     damping: float = 0.0
 
     @property
@@ -152,25 +153,20 @@ def decompose_thresholded(
     return replace(best, history=tuple(history))
 
 
-def columns_beside_codes(
-    W_OI: Tensor, gram_II: Tensor, columns: int, carry: Feedback | None = None
-) -> tuple[ColumnSplit, Feedback]:
-    """The columns of largest output energy to keep, and the feedback for rounding the others.
-
-    carry: feedback of `gram_II`, if at hand; it serves where no column is kept.
-    """
+def columns_plus_codes(W_OI: Tensor, metric: Metric, columns: int) -> tuple[ColumnSplit, HessianFactor]:
+    """The columns of largest output energy to keep, and the factor for rounding the others."""
     none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
-    columns_K = column_energies(W_OI, gram_II).topk(columns).indices.sort().values if columns else none
-    split = split_columns(gram_II, columns_K)
-    return split, feedback(split.schur_CC) if carry is None or columns else carry
+    columns_K = column_energies(W_OI, metric.gram).topk(columns).indices.sort().values if columns else none
+    split = split_columns(metric.gram, columns_K)
+    return split, hessian_factor(split.schur_CC) if columns else metric.factor
 
 
 def decompose_coded(
     W_OI: Tensor,
     gram_II: Tensor,
-    quantise: Callable[[Tensor, Feedback], LatticeCodes | GridCodes],
+    quantize: Callable[[Tensor, HessianFactor], EntropyCodes | GroupCodes],
     split: ColumnSplit,
-    carry: Feedback,
+    factor: HessianFactor,
     *,
     rank: int = 0,
     iterations: int = 1,
@@ -182,7 +178,7 @@ def decompose_coded(
     S on the kept columns in closed form at the end. Without a rank there is nothing to alternate.
     The best iterate is returned, the error of each recorded in `history`.
 
-    Args: quantise(W_OC, feedback) -> codes; split, carry: see `columns_beside_codes`.
+    Args: quantize(W_OC, factor) -> codes; split, factor: see `columns_plus_codes`.
     Source: the alternation of LoSparse and SSD with rounding for S; rounding: GPTQ (ICLR 2023).
     """
     columns_K, none = split.columns_K, split.columns_K[:0]
@@ -191,7 +187,7 @@ def decompose_coded(
     best: Decomposition | None = None
     history: list[float] = []
     for _ in range(iterations if rank else 1):
-        codes = quantise(W_OC - U_OR @ V_RC, carry)
+        codes = quantize(W_OC - U_OR @ V_RC, factor)
         Q_OC = codes.dense().to(W_OI.dtype)
         if rank:
             U_OR, V_RC = best_low_rank(W_OC - Q_OC, split.schur_CC, rank)
@@ -200,7 +196,7 @@ def decompose_coded(
             (W_OI.shape[0], W_OI.shape[1]), U_OR, V_RC, columns_K,
             W_OI[:, columns_K] + lost_OC @ split.regression_KC.T, none, W_OI[none],
             mask_OK=None, error=0.0, history=(), status="rounded", codes=codes,
-            damping=max(split.damping, carry.damping),
+            damping=max(split.damping, factor.damping),
         )  # fmt: skip
         history.append(relative_error(W_OI, found.dense(), gram_II))
         if best is None or history[-1] < best.error:

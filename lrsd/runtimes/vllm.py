@@ -29,10 +29,11 @@ from vllm.model_executor.layers.quantization import QUANTIZATION_METHODS, regist
 from vllm.model_executor.layers.quantization.base_config import QuantizationConfig
 from vllm.model_executor.utils import set_weight_attrs
 
+from lrsd.checkpoint.packing import parse_packing
 from lrsd.errors import CheckpointError
-from lrsd.forms.packed import LayerFormat, LowRankSparseLinear
-from lrsd.numerics.allocate import Shape
-from lrsd.runtimes.transformers import LrsdConfig
+from lrsd.forms.base import Shape
+from lrsd.forms.layer import Layer
+from lrsd.forms.packed import PackedLinear
 
 # Volta, the oldest that vLLM runs on: the packed layers are plain torch.
 _MIN_CAPABILITY = 70
@@ -52,17 +53,17 @@ def register() -> None:
 class LrsdQuantizationConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM is not installed with us
     """vLLM's view of `quantization_config` in config.json."""
 
-    def __init__(self, formats: dict[str, LayerFormat]) -> None:
+    def __init__(self, formats: dict[str, Layer]) -> None:
         super().__init__()
         self.formats = formats
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "LrsdQuantizationConfig":
         """Raises: CheckpointError for a malformed entry; ValueError for what vLLM cannot serve."""
-        stored = LrsdConfig(**config)
+        stored = parse_packing(config)
         if stored.embeddings:
             raise ValueError(
-                f"{stored.embeddings} are stored in 8 bit, which lrsd cannot serve with vLLM; "
+                f"{list(stored.embeddings)} are stored in 8 bit, which lrsd cannot serve with vLLM; "
                 "compress with the default `--scope linear`"
             )
         if config.get("experts"):
@@ -70,14 +71,13 @@ class LrsdQuantizationConfig(QuantizationConfig):  # type: ignore[misc]  # vLLM 
                 f"{next(iter(config['experts']))} holds experts taken apart, which vLLM would look for in "
                 "fused tensors; write dense weights with `lrsd export`"
             )
-        formats = stored.formats()
-        added = [name for name, layout in formats.items() if layout.added_bias]
+        added = [name for name, layer in stored.layers.items() if layer.added_bias]
         if added:
             raise ValueError(
                 f"{added[0]} has a bias that the model itself lacks, and vLLM has no place for it; "
                 "compress without `--mean-correction`"
             )
-        return cls(formats)
+        return cls(stored.layers)
 
     def get_name(self) -> str:
         return "lrsd"
@@ -120,7 +120,7 @@ class LrsdLinearMethod(LinearMethodBase):  # type: ignore[misc]  # vLLM is not i
     formats: by name in the checkpoint, in the order of the outputs; None: that part stayed dense.
     """
 
-    def __init__(self, formats: dict[str, LayerFormat | None]) -> None:
+    def __init__(self, formats: dict[str, Layer | None]) -> None:
         self.formats = formats
 
     def create_weights(
@@ -204,7 +204,7 @@ class PackedParts(nn.Module):
         if not isinstance(index, int) or index not in range(len(self.names)):
             raise ValueError(f"{self.names} have no part {shard_id!r} that a tensor {kind!r} could belong to")
         name, part = f"{self.names[index]}.{kind}", self.parts[index]
-        if isinstance(part, LowRankSparseLinear) and part.layout.transposed and kind == "weight":
+        if isinstance(part, PackedLinear) and part.layer.transposed and kind == "weight":
             loaded = loaded.t()  # vLLM turns around whatever the checkpoint calls the weight of a Conv1D
         target = dict(part.named_parameters()).get(kind)
         if target is None or target.shape != loaded.shape:
@@ -223,15 +223,15 @@ class PackedParts(nn.Module):
                 "it is incomplete: copy or compress it again"
             )
         for part in self.parts:
-            assert isinstance(part, LowRankSparseLinear | nn.Linear)
+            assert isinstance(part, PackedLinear | nn.Linear)
             # The first product decodes; vLLM could neither compile nor capture that.
             part(part.weight.new_zeros(1, part.in_features))
-            if isinstance(part, LowRankSparseLinear) and part.codes is not None:
-                part.codes.data = part.codes.new_empty(0)  # vLLM never saves: one byte a weight is enough
+            if isinstance(part, PackedLinear):
+                part.release_encoded()  # vLLM never saves: one byte a weight is enough
 
 
-def _empty_linear(shape: Shape, layout: LayerFormat | None, dtype: torch.dtype) -> nn.Module:
+def _empty_linear(shape: Shape, layout: Layer | None, dtype: torch.dtype) -> nn.Module:
     if layout is not None:
-        return LowRankSparseLinear(shape, replace(layout, bias=False), dtype)
+        return PackedLinear(shape, replace(layout, bias=False, added_bias=False), dtype)
     dense = nn.Linear(shape.in_features, shape.out_features, bias=False, device="meta", dtype=dtype)
     return dense.to_empty(device=torch.get_default_device()).requires_grad_(False)

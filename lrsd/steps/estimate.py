@@ -1,4 +1,4 @@
-"""Before any expensive work: what a compression will take, and whether it is there."""
+"""Estimates before any expensive work: memory, disk and time, and whether they are there."""
 
 import shutil
 import time
@@ -12,8 +12,9 @@ from lrsd.errors import InputError
 from lrsd.model.layout import Block, Layout
 from lrsd.model.samples import DISTANCE_VALUES, Samples
 from lrsd.model.types import Model
-from lrsd.settings import CompressionSettings, parse_size
-from lrsd.steps.plan import compared_rows
+from lrsd.recipe import Recipe
+from lrsd.settings import parse_size
+from lrsd.steps.plan import compared_rows, may_propagate, needs_sensitivity
 from lrsd.steps.sensitivity import probe_rows
 from lrsd.work.process import peak_rss
 from lrsd.work.residency import Residence
@@ -21,79 +22,92 @@ from lrsd.work.residency import Residence
 # Square float64 matrices of a group's width held at once while its layers are solved: G, its parts, a
 # factor and an inverse; and weights in float64 or twice in float32.
 _SQUARES, _WEIGHTS = 5, 4
-# The same for a group that is fitted behind the compressed prefix: moments and cross moments of two parts,
+# The same for a group that is fitted on the compressed model's activations: moments and cross moments of two parts,
 # their sums, G, damped, and its factor; own weights, targets and steps of all its layers together.
 _PAIR_SQUARES, _PAIR_WEIGHTS = 9, 8
 # Float32 copies of logits while two models' are compared: their log-probabilities, and what becomes of them.
 _COPIES = 5
-# Python objects of a layer's curve.
-_CURVE = 150_000
+# Arrays and Python objects of a layer's menu: 387 offers of three numbers each.
+_MENU = 20_000
 # Streams of hidden states on disk at once: entering block 0, entering this block, leaving it; with
-# propagation a dense and a compressed pair, and what the block's last layer closes with.
+# propagation a dense and a compressed pair, and what the block's last layer adds to the residual stream.
 _STREAMS = {False: 3, True: 6}
-# Time as multiples of one pass over the calibration text, for the survey and for the fit behind the prefix,
-# and of one product W G of every layer in float64, for codes and at 16 bit. Fitted to SmolLM2-135M on two
-# cores (`scripts/bench_peer_time.py`, `scripts/bench_time.py --bits 16`): a rough guess anywhere else.
-_SURVEY_PASSES, _FIT_PASSES = 1.5, 3
-_PRODUCTS = {True: 55, False: 120}
+# Time as multiples of one pass over the calibration text, of the calibration pass and of a fit that propagates;
+# and of one product W G of every layer in float64, with codes and at 16 bit, of each. Fitted to SmolLM2-135M on
+# two cores (`scripts/bench_peer_time.py`, `scripts/bench_time.py --bits 16`): a rough guess anywhere else.
+_OBSERVE_PASSES, _FIT_PASSES = 1.5, 3
+_OBSERVE_PRODUCTS, _FIT_PRODUCTS = {True: 42, False: 48}, {True: 13, False: 72}
 # Side of the matrices by which the machine's speed is taken.
 _SIDE = 1024
 
 
 @dataclass(frozen=True)
-class Needs:
+class ResourceEstimate:
     """Bytes that a compression will hold in memory at its worst moment, and on disk at once."""
 
     memory: int
     disk: int
 
 
-def predict(
+@dataclass(frozen=True)
+class TimeEstimate:
+    """Seconds of the calibration pass, of the fit, and of what propagation adds to it."""
+
+    observe: float
+    fit: float
+    propagate: float
+
+    def total(self, *, propagate: bool) -> float:
+        return self.observe + self.fit + self.propagate * propagate
+
+    def remaining(self, observed: float, *, propagate: bool) -> float:
+        """The fit's, once the calibration pass is known to have taken `observed` seconds."""
+        return (self.fit + self.propagate * propagate) * observed / self.observe
+
+
+def estimate_resources(
     model: Model,
     layout: Layout,
     samples: Samples,
-    settings: CompressionSettings,
+    recipe: Recipe,
     residence: Residence,
     budget: int,
-) -> Needs:
-    """What the survey and the fit will take.
+) -> ResourceEstimate:
+    """What the calibration pass and the fit will take.
 
-    Memory: what is there at rest, weights, curves, and the largest working set, that of a block's replay
+    Memory: what is there at rest, weights, menus, and the largest working set, that of a block's replay
     and moments, of a layer's solver, or of a probe, which widens a block and what is in none to float32.
     Hidden states, moments and finished layers are on disk.
     """
     parameters = list(model.parameters())
     value = parameters[0].element_size()
+    propagate = may_propagate(recipe)
     in_blocks = {p for block in layout.blocks for p in model.get_submodule(block.name).parameters()}
     outside = sum(4 * p.numel() for p in parameters if p not in in_blocks)
-    replayed, vocabulary = samples[: settings.batch].positions, _vocabulary(model)
+    replayed, vocabulary = samples[: recipe.calibration.batch].positions, _vocabulary(model)
     working = [0]
     for block in layout.blocks:
         moments = sum(8 * group.in_features**2 for group in block.groups)
         working += [moments + size for size in _solving(block, replayed, value)]
-        if settings.propagate is not False:
+        if propagate:
             working += [moments + size for size in _propagating(block)]
-        widened = sum(4 * p.numel() for p in model.get_submodule(block.name).parameters())
-        # Of the block as it is perturbed, and of one that runs behind it; torch's and the block's own.
-        working.append(moments + outside + 3 * widened + _comparing(probe_rows(samples) * vocabulary))
+        if needs_sensitivity(recipe):
+            widened = sum(4 * p.numel() for p in model.get_submodule(block.name).parameters())
+            # Of the block as it is perturbed, and of one that runs after it; torch's and the block's own.
+            working.append(moments + outside + 3 * widened + _comparing(probe_rows(samples) * vocabulary))
     kept = sum(p.nbytes for p in parameters) - sum(spec.shape.dense_bytes for spec in layout.linears.values())
-    if settings.allocates_by == "auto":
+    if recipe.method.allocation(recipe.budget.allocation) == "auto":
         logits = compared_rows(samples) * vocabulary
         working.append(value * logits + _comparing(logits))
-    working.append(min(parse_size(settings.shard_size), kept + budget))
-    memory = (
-        residence.at_rest()
-        + residence.weights((b.name for b in layout.blocks), budget)
-        + _CURVE * len(layout.linears)
-        + max(working)
-    )
-    propagate = settings.propagate is not False
+    working.append(min(parse_size(recipe.run.shard_size), kept + budget))
+    weights = residence.weights((block.name for block in layout.blocks), budget)
+    memory = residence.at_rest() + weights + _MENU * len(layout.linears) + max(working)
     stored = sum(2 * group.in_features**2 for group in layout.groups)
     streams = _STREAMS[propagate] * layout.stream_width
     if propagate:
         streams += max(sum(group.in_features for group in block.groups) for block in layout.blocks)
     disk = stored + value * samples.positions * streams + 2 * budget + kept
-    return Needs(max(memory, peak_rss()), disk)
+    return ResourceEstimate(max(memory, peak_rss()), disk)
 
 
 def _solving(block: Block, replayed: int, value: int) -> Iterator[int]:
@@ -107,7 +121,7 @@ def _solving(block: Block, replayed: int, value: int) -> Iterator[int]:
 
 
 def _propagating(block: Block) -> Iterator[int]:
-    """Working sets of the groups that are fitted behind the compressed prefix."""
+    """Working sets of the groups that are fitted on the compressed model's activations."""
     for group in block.groups:
         rows = sum(spec.shape.out_features for spec in group.linears)
         squares, weights = _PAIR_SQUARES * group.in_features**2, _PAIR_WEIGHTS * rows * group.in_features
@@ -124,20 +138,24 @@ def _vocabulary(model: Model) -> int:
     return head.weight.shape[0] if head is not None else 0
 
 
-def foretell(layout: Layout, per_batch: float, batches: int, settings: CompressionSettings) -> float:
-    """Seconds that survey and fit will take, roughly. per_batch: those of one batch through all blocks."""
+def estimate_time(layout: Layout, per_batch: float, batches: int, *, rounds: bool) -> TimeEstimate:
+    """Roughly. per_batch: seconds of one batch through all blocks; rounds: whether to integers."""
     left = torch.randn(_SIDE, _SIDE, dtype=torch.float64)
     start = time.perf_counter()
     left @ left
     per_product = (time.perf_counter() - start) / _SIDE**3
-    products = sum(s.shape.out_features * s.shape.in_features**2 for s in layout.linears.values())
-    coded = settings.entropy_coded or bool(settings.code_widths)
-    propagates = settings.propagate or (settings.propagate is None and not coded)
-    passes = _SURVEY_PASSES + _FIT_PASSES * propagates
-    return passes * per_batch * batches + _PRODUCTS[coded] * products * per_product
+    products = per_product * sum(
+        s.shape.out_features * s.shape.in_features**2 for s in layout.linears.values()
+    )
+    one_pass = per_batch * batches
+    return TimeEstimate(
+        _OBSERVE_PASSES * one_pass + _OBSERVE_PRODUCTS[rounds] * products,
+        _FIT_PRODUCTS[rounds] * products,
+        _FIT_PASSES * one_pass,
+    )
 
 
-def require(needs: Needs, directory: Path, limit: int | None) -> None:
+def check_resources(needs: ResourceEstimate, directory: Path, limit: int | None) -> None:
     """Raises: InputError if the disk or the memory that a compression needs is not there.
 
     Args: directory: where finished work goes; limit: bytes of memory allowed.

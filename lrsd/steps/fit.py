@@ -1,61 +1,62 @@
-"""The fit: every planned layer solved in the order of the model, behind the compressed prefix."""
+"""The fit: every planned layer solved in the order of the model, block by block."""
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lrsd.errors import BudgetError, SolverError
-from lrsd.forms.packed import LayerFormat, LowRankSparseLinear
-from lrsd.methods.curves import metric
-from lrsd.model.layout import InputGroup, LinearSpec, exchange_weight, read_weight
+from lrsd.forms.layer import parse_layer
+from lrsd.methods.base import LayerProblem, Method, Solution, State, Status
+from lrsd.model.layout import InputGroup
 from lrsd.model.replay import Replay
-from lrsd.numerics.allocate import VALUE_BYTES, LayerCurve, LayerPlan, Plan
-from lrsd.numerics.moments import CrossMoments, Moments
-from lrsd.numerics.quantize import Feedback, feedback
-from lrsd.numerics.solver import Decomposition, propagated_target, relative_error
+from lrsd.model.slots import WeightSlot, weight_slot
+from lrsd.numerics.menu import Choice
+from lrsd.numerics.metric import Metric
+from lrsd.numerics.moments import CrossMoments
+from lrsd.numerics.solver import propagated_target
 from lrsd.progress import Progress
-from lrsd.settings import CompressionSettings
-from lrsd.steps.observe import Survey
-from lrsd.steps.plan import Choice
+from lrsd.steps.budget import ByteLedger
+from lrsd.steps.observe import Observation, layer_problem
+from lrsd.steps.plan import Plan
 from lrsd.steps.propagate import Pair, TwoStreams, fit_step, pair_moments
-from lrsd.steps.solve import solve_layer
 from lrsd.work.journal import Workspace
 from lrsd.work.process import release_freed
 
+T = TypeVar("T")
+
 # Tries at the last layer's step: bisection to less than its share of the slack takes about ten.
-_STEP_TRIALS = 30
-# Octaves beyond which no step changes the bytes any more.
-_STEP_REACH = 16
+_TRIALS = 30
+# Bits per weight beyond which no step changes the bytes any more.
+_REACH = 16
 
 
 @dataclass(frozen=True)
 class Fitted:
     """One layer's result: what is stored, what was planned, and how far its target moved.
 
-    packing: its stored form, whose `tensors` are the parameters of a `LowRankSparseLinear`; None: the layer
-    stays dense, `tensors` holding its weight where that changed.
+    choice: with the bytes that it takes. interpolation: weight of the target that makes up for its inputs'
+    errors, 0 to 1. entry: its stored form as in config.json, whose tensors these are; None: the layer stays
+    dense, `tensors` holding its weight where that changed.
     """
 
-    plan: LayerPlan
+    choice: Choice
     error: float
-    blend: float
-    status: str
+    interpolation: float
+    status: Status
     history: tuple[float, ...] = ()
-    packing: LayerFormat | None = None
+    entry: dict[str, Any] | None = None
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
-    def install(self, model: nn.Module, spec: LinearSpec) -> None:
+    def install(self, slot: WeightSlot) -> None:
         """Put what is stored in the place of the dense layer."""
-        if self.packing is not None:
-            packed = LowRankSparseLinear(spec.shape, self.packing, self.tensors["weight"].dtype)
-            packed.load_state_dict(self.tensors, assign=True)
-            model.set_submodule(spec.name, packed)
+        if self.entry is not None:
+            slot.pack(parse_layer(slot.name, self.entry), self.tensors)
         elif self.tensors:
-            weight = nn.Parameter(self.tensors["weight"], requires_grad=False)
-            model.get_submodule(spec.name).weight = weight
+            slot.module.weight = nn.Parameter(self.tensors["weight"], requires_grad=False)
 
 
 @dataclass(frozen=True)
@@ -65,24 +66,21 @@ class FittedBlock:
     layers: dict[str, Fitted]
 
 
-_Solved = tuple[Decomposition, LayerPlan, LowRankSparseLinear, Tensor | None]
-
-
 def fit_blocks(
     replay: Replay,
-    survey: Survey,
-    choice: Choice,
+    observation: Observation,
+    plan: Plan,
     budget: int,
-    settings: CompressionSettings,
+    method: Method,
     progress: Progress,
     workspace: Workspace | None = None,
 ) -> dict[str, Fitted]:
     """Fit every planned layer, in the order in which the model runs them, and put what is stored of it into
     the model.
 
-    With propagation two streams of hidden states go through each stack side by side, one dense and
-    one behind the layers fitted so far; without it, and for layers that not every token runs through
-    once, the survey's moments are all that is needed.
+    With propagation two streams of hidden states go through each stack side by side, that of the dense model
+    and that of the layers fitted so far; without it, and for layers that not every token runs through
+    once, the dense model's moments are all that is needed.
 
     Args: workspace: where finished blocks are kept, and which are not fitted again.
     Raises: BudgetError if entropy-coded layers came out
@@ -91,30 +89,39 @@ def fit_blocks(
     workspace = Workspace() if workspace is None else workspace
     progress.stage("compress", len(replay.layout.blocks))
     fitted: dict[str, Fitted] = {}
-    purse = Purse(choice.plan, survey.curves, budget)
-    linears = replay.layout.linears
+    ledger = _ledger(replay, plan, method, budget)
+    fit = _BlockFit(replay, observation, plan, method, ledger)
     for index, block in enumerate(replay.layout.blocks):
         step = fit_step(index)
-        if step not in workspace:
-            streams = TwoStreams.start(workspace, replay, index) if choice.propagate else None
-            layers = _fit_block(replay, index, survey, choice, purse, settings, streams)
-            workspace.finish(step, FittedBlock(layers), keep=streams.finish() if streams else [])
-        else:
-            for name, layer in workspace.read(step, FittedBlock).layers.items():
-                purse.pay(name, layer.plan.nbytes(survey.curves[name].shape))
+        ledger.open(index)
+        finished = step in workspace
+        if not finished:
+            streams = TwoStreams.start(workspace, replay, index) if plan.propagate else None
+            found = FittedBlock(fit.run(index, streams))
+            workspace.finish(step, found, keep=streams.finish() if streams else [])
         replay.finished(replay.block(index))
-        for name, layer in workspace.read(step, FittedBlock).layers.items():
-            fitted[name] = layer
-            layer.install(replay.model, linears[name])
+        # Mapped from its file: what is in memory of it can be released.
+        layers = workspace.read(step, FittedBlock).layers
+        for name, layer in layers.items():
+            if finished:
+                ledger.charge(name, layer.choice.nbytes)
+            layer.install(weight_slot(replay.model, name))
+        fitted |= layers
         progress.step(block.name)
-    _require_within(budget, fitted, survey)
+    _require_within(budget, fitted)
     return fitted
 
 
-def _require_within(budget: int, fitted: dict[str, Fitted], survey: Survey) -> None:
+def _ledger(replay: Replay, plan: Plan, method: Method, budget: int) -> ByteLedger:
+    blocks = [[spec.name for group in b.groups for spec in group.linears] for b in replay.layout.blocks]
+    shapes = {name: spec.shape for name, spec in replay.layout.linears.items()}
+    return ByteLedger(blocks, plan.choices, shapes, method, budget)
+
+
+def _require_within(budget: int, fitted: dict[str, Fitted]) -> None:
     """Raises: BudgetError if layers that could not be solved took more than the others could make up for."""
-    spent = sum(layer.plan.nbytes(survey.curves[name].shape) for name, layer in fitted.items())
-    unsolved = [name for name, layer in fitted.items() if layer.status.startswith("dense: ")]
+    spent = sum(layer.choice.nbytes for layer in fitted.values())
+    unsolved = [name for name, layer in fitted.items() if layer.status.state is State.UNSOLVED]
     if spent > budget:
         raise BudgetError(
             f"{len(unsolved)} layers could not be solved and stay dense, {', '.join(unsolved[:3])} among "
@@ -122,251 +129,184 @@ def _require_within(budget: int, fitted: dict[str, Fitted], survey: Survey) -> N
         )
 
 
-def _fit_block(
-    replay: Replay,
-    index: int,
-    survey: Survey,
-    choice: Choice,
-    purse: "Purse",
-    settings: CompressionSettings,
-    streams: TwoStreams | None,
-) -> dict[str, Fitted]:
-    """All layers of one block; with propagation also the hidden states behind it."""
-    model, fitted = replay.model, {}
-    moved = False
-    for group in replay.layout.blocks[index].groups:
-        pair = None
-        if streams is not None and group.aligned:
-            pair = pair_moments(replay, index, group, streams)
-            release_freed()
-        try:
-            if pair is not None:
-                aims = _propagated_aims(model, group, pair)
-            else:
-                aims = _plain_aims(model, group, survey.moments[group.name], settings)
-            coded = any(choice.plan[spec.name].codes for spec in group.linears)
-            carry = feedback(aims[group.name].gram_II) if coded else None
-        except SolverError as error:
-            for spec in group.linears:
-                fitted[spec.name] = _left_dense(spec, purse, str(error))
-            continue
-        before = _affine(model, group.linears[0])
-        for spec in group.linears:
-            aim, curve = aims[spec.name], survey.curves[spec.name]
-            if spec.name in survey.unsolved:
-                fitted[spec.name] = _left_dense(spec, purse, survey.unsolved[spec.name])
-                continue
-            fitted[spec.name] = _fit_layer(
-                model, spec, aim, curve, purse, settings, carry, propagate=choice.propagate
-            )
-        release_freed()
-        if streams is not None and pair is not None and pair.closes:
-            streams.move_on(before, _affine(model, group.linears[0]))
-            moved = True
-    if streams is not None and not moved:
-        replay.run_all(index, streams.compressed, into=streams.compressed_behind)
-    return fitted
-
-
-def _left_dense(spec: LinearSpec, purse: "Purse", reason: str) -> Fitted:
-    """A layer that cannot be solved."""
-    plan = LayerPlan(None)
-    purse.pay(spec.name, plan.nbytes(spec.shape))
-    return Fitted(plan, 0.0, 0.0, f"dense: {reason}")
-
-
-class Purse:
-    """Keeps the sum of all layers at the budget although entropy-coded ones come out a little larger or
-    smaller than planned: what is over or short is shared by the coded layers still to come, through
-    their steps, and the last of them is fitted to what is left.
-    """
-
-    # How far below what is left the last layer may stay, as a fraction of the whole budget.
-    SLACK = 2e-4
-
-    def __init__(self, plan: Plan, curves: dict[str, LayerCurve], budget: int) -> None:
-        self._shapes = {name: curve.shape for name, curve in curves.items()}
-        self._ahead = dict(plan)
-        self._left = budget
-        self.slack = int(self.SLACK * budget)
-
-    def plan(self, name: str) -> LayerPlan:
-        """The plan of the next layer, its step moved so that it takes its part of the difference."""
-        plan = self._ahead[name]
-        if plan.codes is None or plan.codes.bits is not None:
-            return plan
-        planned = sum(ahead.nbytes(self._shapes[other]) for other, ahead in self._ahead.items())
-        weights = sum(self._shapes[other].dense_bytes // VALUE_BYTES for other in self._lattices())
-        spare_bits = 8 * (self._left - planned) / weights
-        return replace(plan, codes=replace(plan.codes, step=plan.codes.step * 2**-spare_bits))
-
-    def limit(self, name: str) -> int | None:
-        """What is left for this layer if it is the last that can give way, else None."""
-        if self._lattices() != [name]:
-            return None
-        others = sum(p.nbytes(self._shapes[other]) for other, p in self._ahead.items() if other != name)
-        return self._left - others
-
-    def pay(self, name: str, nbytes: int) -> None:
-        del self._ahead[name]
-        self._left -= nbytes
-
-    def _lattices(self) -> list[str]:
-        return [n for n, p in self._ahead.items() if p.codes is not None and p.codes.bits is None]
-
-
-def _affine(model: nn.Module, spec: LinearSpec) -> tuple[Tensor, Tensor | None]:
-    """Weight (O, I) and bias (O,) as they are now."""
-    bias = model.get_submodule(spec.name).bias
-    return read_weight(model, spec), bias.float() if isinstance(bias, Tensor) else None
-
-
 @dataclass(frozen=True)
-class _Aim:
-    """What one layer is fitted to: a weight, a metric, and the means that a bias would make up for."""
+class _Target:
+    """What one layer is fitted to, and how that was come by. interpolation: see `Fitted`; damping: of the
+    target's own solution, where the usual one did not do."""
 
-    W_OI: Tensor
-    gram_II: Tensor
-    target_mean_O: Tensor
-    input_mean_I: Tensor
-    blend: float
+    problem: LayerProblem
+    interpolation: float = 0.0
     damping: float = 0.0
 
 
-def _plain_aims(
-    model: nn.Module, group: InputGroup, moments: Moments, settings: CompressionSettings
-) -> dict[str, _Aim]:
-    """The layers' own weights on the dense model's inputs."""
-    gram_II, mean_I = metric(settings, moments), moments.mean
-    aims = {}
-    for spec in group.linears:
-        W_OI = read_weight(model, spec).double()
-        aims[spec.name] = _Aim(W_OI, gram_II, W_OI @ mean_I, mean_I, blend=0.0)
-    return aims
+@dataclass(frozen=True)
+class _BlockFit:
+    """The fit of one block after the other."""
 
+    replay: Replay
+    observation: Observation
+    plan: Plan
+    method: Method
+    ledger: ByteLedger
 
-def _propagated_aims(model: nn.Module, group: InputGroup, pair: Pair) -> dict[str, _Aim]:
-    """Weights between W and W*, which make up for the prefix's errors, as far as held-out text agrees.
+    def run(self, index: int, streams: TwoStreams | None) -> dict[str, Fitted]:
+        """All layers of one block; with propagation also its outputs."""
+        model, fitted = self.replay.model, dict[str, Fitted]()
+        moved = False
+        for group in self.replay.layout.blocks[index].groups:
+            pair = None
+            if streams is not None and group.token_aligned:
+                pair = pair_moments(self.replay, index, group, streams)
+                release_freed()
+            try:
+                targets = self._targets(group, pair)
+            except SolverError as error:
+                for spec in group.linears:
+                    fitted[spec.name] = self._left_dense(spec.name, str(error))
+                continue
+            before = _affine(model, group.name)
+            for spec in group.linears:
+                if (reason := self.observation.unsolved.get(spec.name)) is not None:
+                    fitted[spec.name] = self._left_dense(spec.name, reason)
+                else:
+                    fitted[spec.name] = self._fit_layer(weight_slot(model, spec.name), targets[spec.name])
+            release_freed()
+            if streams is not None and pair is not None and pair.writes_residual:
+                streams.move_on(before, _affine(model, group.name))
+                moved = True
+        if streams is not None and not moved:
+            self.replay.pass_(index, streams.compressed, streams.compressed_outputs)
+        return fitted
 
-    The held-out error is quadratic along W + b (W* - W), so that each layer's best blend b has a closed
-    form. The layers of a group share the metric, so that their rows are solved for together.
-    """
-    W_OI = torch.cat([read_weight(model, spec) for spec in group.linears]).double()
+    def _targets(self, group: InputGroup, pair: Pair | None) -> dict[str, _Target]:
+        """Raises: SolverError."""
+        if pair is not None:
+            return self._propagated_targets(group, pair)
+        moments = self.observation.moments[group.name]
+        metric, mean_I = self.method.metric(moments), moments.mean
+        targets = {}
+        for spec in group.linears:
+            own = layer_problem(self.replay, spec.name, metric, math.inf)
+            problem = replace(own, input_mean_I=mean_I, target_mean_O=own.W_OI @ mean_I)
+            targets[spec.name] = _Target(problem)
+        return targets
 
-    def target(gram_II: Tensor, cross: CrossMoments) -> Tensor:
-        own_OI = W_OI @ (cross.mean if not pair.closes else gram_II)
-        return own_OI + cross.mean if pair.closes else own_OI
+    def _propagated_targets(self, group: InputGroup, pair: Pair) -> dict[str, _Target]:
+        """Weights between W and W*, which makes up for the errors of its inputs, as far as held-out text agrees.
 
-    def solved(gram_II: Tensor, cross: CrossMoments) -> tuple[Tensor, float]:
-        return propagated_target(W_OI, gram_II, target(gram_II, cross))
+        The held-out error is quadratic along W + b (W* - W), so that each layer's best b has a closed
+        form. The layers of a group share the metric, so that their rows are solved for together.
+        """
+        moments, cross = pair.fit + pair.held_out, pair.fit_cross + pair.held_out_cross
+        metric = Metric(moments.gram)
+        own = {s.name: layer_problem(self.replay, s.name, metric, math.inf) for s in group.linears}
+        W_OI = torch.cat([problem.W_OI for problem in own.values()])
 
-    step_OI = solved(pair.fit.gram, pair.fit_cross)[0] - W_OI
-    held_out_II = pair.held_out.gram
-    missing_OI = target(held_out_II, pair.held_out_cross) - W_OI @ held_out_II
-    curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
-    slopes_O = (step_OI * missing_OI).sum(1)
-    del held_out_II, missing_OI, step_OI  # matrices of a wide layer's inputs take gigabytes
-    moments, cross = pair.fit + pair.held_out, pair.fit_cross + pair.held_out_cross
-    gram_II = moments.gram
-    full_OI, damping = solved(gram_II, cross)
-    input_mean_I = moments.mean
-    target_mean_O = W_OI @ cross.target_mean if not pair.closes else W_OI @ input_mean_I + cross.target_mean
-    aims, end = {}, 0
-    for spec in group.linears:
-        start, end = end, end + spec.shape.out_features
-        own_OI, curvature = W_OI[start:end], float(curvatures_O[start:end].sum())
-        blend = min(max(float(slopes_O[start:end].sum()) / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-        if not own_OI.any():
-            blend = 0.0  # its plan knows the step of nothing only
-        aim_OI = own_OI + blend * (full_OI[start:end] - own_OI)
-        aims[spec.name] = _Aim(aim_OI, gram_II, target_mean_O[start:end], input_mean_I, blend, damping)
-    return aims
+        def target(gram_II: Tensor, cross: CrossMoments) -> Tensor:
+            own_OI = W_OI @ (gram_II if pair.writes_residual else cross.mean)
+            return own_OI + cross.mean if pair.writes_residual else own_OI
 
+        def solved(gram_II: Tensor, cross: CrossMoments) -> tuple[Tensor, float]:
+            return propagated_target(W_OI, gram_II, target(gram_II, cross))
 
-def _fit_layer(
-    model: nn.Module,
-    spec: LinearSpec,
-    aim: _Aim,
-    curve: LayerCurve,
-    purse: Purse,
-    settings: CompressionSettings,
-    carry: Feedback | None,
-    *,
-    propagate: bool,
-) -> Fitted:
-    """Solve and pack one layer. Where layers behind it are fitted to what it gives, the weight it decodes to
-    goes into the model, the dense product being faster to run. A layer left dense still takes the
-    propagated weight.
-    """
-    plan, limit = purse.plan(spec.name), purse.limit(spec.name)
-    if plan.is_dense:
-        purse.pay(spec.name, plan.nbytes(curve.shape))
-        tensors = {}
-        if aim.blend:
-            exchange_weight(model, spec, aim.W_OI)
-            weight = model.get_submodule(spec.name).weight
-            assert isinstance(weight, Tensor)
-            tensors["weight"] = weight.detach()
-        return Fitted(plan, 0.0, aim.blend, "dense", tensors=tensors)
+        step_OI = solved(pair.fit.gram, pair.fit_cross)[0] - W_OI
+        held_out_II = pair.held_out.gram
+        missing_OI = target(held_out_II, pair.held_out_cross) - W_OI @ held_out_II
+        curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
+        slopes_O = (step_OI * missing_OI).sum(1)
+        del held_out_II, missing_OI, step_OI  # matrices of a wide layer's inputs take gigabytes
+        full_OI, damping = solved(metric.gram, cross)
+        input_mean_I = moments.mean
+        mean_O = W_OI @ (input_mean_I if pair.writes_residual else cross.target_mean)
+        mean_O = mean_O + cross.target_mean if pair.writes_residual else mean_O
+        targets, end = {}, 0
+        for spec in group.linears:
+            start, end = end, end + spec.shape.out_features
+            own_OI, curvature = W_OI[start:end], float(curvatures_O[start:end].sum())
+            weight = float(slopes_O[start:end].sum()) / curvature if curvature > 0 else 0.0
+            # Of a layer without weights the plan knows the step of nothing only.
+            weight = min(max(weight, 0.0), 1.0) if own_OI.any() else 0.0
+            W_target_OI = own_OI + weight * (full_OI[start:end] - own_OI)
+            problem = replace(
+                own[spec.name], W_OI=W_target_OI, input_mean_I=input_mean_I, target_mean_O=mean_O[start:end]
+            )
+            targets[spec.name] = _Target(problem, weight, damping)
+        return targets
 
-    weight = model.get_submodule(spec.name).weight
-    assert isinstance(weight, Tensor)
-    dtype = weight.dtype
-
-    def solved(plan: LayerPlan) -> _Solved:
-        found = solve_layer(
-            aim.W_OI, aim.gram_II, plan, curve, settings, carry=carry, alternate=settings.alternations > 1
+    def _fit_layer(self, slot: WeightSlot, target: _Target) -> Fitted:
+        """Solve one layer as it is stored. Where layers after it are fitted to what it gives, the weight it
+        stands for goes into the model, the dense product being faster to run. A layer left dense still takes
+        the propagated weight.
+        """
+        ledger, problem = self.ledger, target.problem
+        choice, limit = ledger.choice(slot.name), ledger.limit(slot.name)
+        if choice.is_dense:
+            ledger.charge(slot.name, choice.nbytes)
+            tensors = {}
+            if target.interpolation:
+                slot.write(problem.W_OI)
+                tensors["weight"] = slot.parameter.detach()
+            return Fitted(choice, 0.0, target.interpolation, Status(State.DENSE), tensors=tensors)
+        try:
+            if limit is None:
+                found = self.method.solve(problem, choice)
+            else:
+                choice, found = self._within(limit, choice, problem)
+        except (SolverError, ValueError) as reason:  # ValueError: what the packed form cannot hold
+            return self._left_dense(slot.name, str(reason))
+        nbytes = found.nbytes(slot.shape)
+        ledger.charge(slot.name, nbytes)
+        if self.plan.propagate:
+            slot.write(found.W_OI, found.tensors.get("bias"))
+        layer = replace(found.layer, transposed=slot.transposed)
+        device = slot.parameter.device
+        return Fitted(
+            replace(choice, nbytes=nbytes, kept=None),
+            found.error,
+            target.interpolation,
+            replace(found.status, damping=max(found.status.damping, target.damping)),
+            found.history,
+            layer.to_dict(),
+            {name: tensor.to(device) for name, tensor in found.tensors.items()},
         )
-        bias_O = _bias(model, spec, aim, found, plan, settings)
-        packed = LowRankSparseLinear.pack(found, plan, bias_O, dtype, transposed=spec.transposed)
-        if plan.codes is not None:
-            plan = replace(plan, codes=replace(plan.codes, nbytes=packed.code_bytes))
-        return found, plan, packed, bias_O
 
-    try:
-        found, plan, packed, bias_O = (
-            solved(plan) if limit is None else _within(limit, purse.slack, plan, solved, curve)
-        )
-        W_OI = packed.dense_weight(torch.float64).to(aim.W_OI.device)
-        if not bool(torch.isfinite(W_OI).all()):
-            raise SolverError(f"its solution is not finite in {dtype}")
-    except (SolverError, ValueError) as reason:  # ValueError: what the packed form cannot hold
-        return _left_dense(spec, purse, str(reason))
-    purse.pay(spec.name, plan.nbytes(curve.shape))
-    if propagate:
-        exchange_weight(model, spec, W_OI)
-        if bias_O is not None:
-            model.get_submodule(spec.name).bias = nn.Parameter(bias_O.to(dtype), requires_grad=False)
-    error = relative_error(aim.W_OI.float(), W_OI.float(), aim.gram_II.float())
-    tensors = {name: parameter.detach() for name, parameter in packed.named_parameters()}
-    damping = max(found.damping, aim.damping)
-    status = found.status + (f", damping {damping:.0e}" if damping else "")
-    return Fitted(plan, error, aim.blend, status, found.history, packed.layout, tensors)
+    def _left_dense(self, name: str, reason: str) -> Fitted:
+        """A layer that cannot be solved."""
+        choice = Choice(self.replay.layout.linears[name].shape.dense_bytes)
+        self.ledger.charge(name, choice.nbytes)
+        return Fitted(choice, 0.0, 0.0, Status(State.UNSOLVED, reason))
+
+    def _within(self, limit: int, choice: Choice, problem: LayerProblem) -> tuple[Choice, Solution]:
+        """The layer at the finest step whose bytes stay within `limit`, and not much below."""
+
+        def solved(bits: float) -> tuple[Choice, Solution]:
+            tried = self.method.adjusted(choice, bits)
+            assert tried is not None, "the last layer is an adjustable one"
+            return tried, self.method.solve(problem, tried)
+
+        return fit_within(limit, self.ledger.slack, solved, lambda found: found[1].nbytes(problem.shape))
 
 
-def _within(
-    limit: int, slack: int, plan: LayerPlan, solved: Callable[[LayerPlan], _Solved], curve: LayerCurve
-) -> _Solved:
-    """The layer at the finest step whose bytes stay within `limit`, and not more than `slack` below."""
-    assert plan.codes is not None
-    low, high = -math.inf, math.inf  # octaves of the step: too fine, fine enough
-    octaves, reach, best = 0.0, 0.05, None
-    for _ in range(_STEP_TRIALS):
-        tried = replace(plan, codes=replace(plan.codes, step=plan.codes.step * 2**octaves))
-        result = solved(tried)
-        size = result[1].nbytes(curve.shape)
+def fit_within(limit: int, slack: int, solved: Callable[[float], T], nbytes: Callable[[T], int]) -> T:
+    """What `solved` gives at the most bits per weight whose bytes stay within `limit`, by bisection, until it is
+    no more than `slack` below. Raises: BudgetError if none does."""
+    low, high = -math.inf, math.inf  # bits that fit, bits that do not
+    bits, reach, best = 0.0, 0.05, None
+    for _ in range(_TRIALS):
+        found = solved(bits)
+        size = nbytes(found)
         if size <= limit:
-            best, high = result, octaves
+            best, low = found, bits
             if size >= limit - slack:
                 break
         else:
-            low = octaves
+            high = bits
         if math.isinf(low) or math.isinf(high):
-            octaves += reach if math.isinf(high) else -reach
+            bits += reach if math.isinf(high) else -reach
             reach *= 2
         else:
-            octaves = (low + high) / 2
-        if abs(octaves) > _STEP_REACH:
+            bits = (low + high) / 2
+        if abs(bits) > _REACH:
             break
     if best is None:
         raise BudgetError(
@@ -376,18 +316,7 @@ def _within(
     return best
 
 
-def _bias(
-    model: nn.Module,
-    spec: LinearSpec,
-    aim: _Aim,
-    found: Decomposition,
-    plan: LayerPlan,
-    settings: CompressionSettings,
-) -> Tensor | None:
-    """The layer's own bias, moved by what its mean output lost where that is asked for."""
-    old = model.get_submodule(spec.name).bias
-    bias_O = old.double() if isinstance(old, Tensor) else None
-    if plan.bias or (bias_O is not None and settings.mean_correction):
-        shift_O = aim.target_mean_O - found.dense() @ aim.input_mean_I
-        bias_O = shift_O if bias_O is None else bias_O + shift_O
-    return bias_O
+def _affine(model: nn.Module, name: str) -> tuple[Tensor, Tensor | None]:
+    """Weight (O, I) and bias (O,) as they are now."""
+    slot = weight_slot(model, name)
+    return slot.read(), slot.bias.float() if slot.bias is not None else None

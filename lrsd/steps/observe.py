@@ -1,189 +1,200 @@
-"""What compression needs to know of a model before it decides anything: curves and sensitivities."""
+"""The calibration pass: moments of every input group, what each layer offers, and how sensitive the output is."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
-from functools import partial
 
 from torch import Tensor
 
 from lrsd.errors import SolverError
-from lrsd.methods.base import Perturbation
-from lrsd.methods.curves import coded_curve, layer_curve, metric, rounded, truncated
-from lrsd.model.layout import Block, InputGroup, read_weight
-from lrsd.model.load import check_finite
+from lrsd.methods.base import LayerProblem, Method, Probe
+from lrsd.model.layout import Block, InputGroup
+from lrsd.model.load import check_finite, exact_device
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
-from lrsd.numerics.allocate import LayerCurve
-from lrsd.numerics.lowrank import spectrum
+from lrsd.model.slots import weight_slot
+from lrsd.numerics.menu import Menu
+from lrsd.numerics.metric import Metric
 from lrsd.numerics.moments import Moments
-from lrsd.numerics.quantize import feedback
-from lrsd.settings import CompressionSettings
-from lrsd.steps.sensitivity import Probe
+from lrsd.steps.sensitivity import BlockProbe
 from lrsd.work.journal import Workspace
 from lrsd.work.process import release_freed
 from lrsd.work.streams import Stream
 
-# One sample in eight is kept out of the fit: it chooses the blend and the plan.
+# One sample in eight is kept out of the fit: it chooses the interpolation weight and the plan.
 HELD_OUT = 8
+_MOMENTS = "moments"
 
 
 @dataclass(frozen=True)
-class Survey:
-    """curves: what each layer offers; sensitivity: KL of the output per unit of relative error.
+class Observation:
+    """menus: what each layer offers; sensitivity: KL of the output per unit of relative error.
 
-    routed: calibration tokens that reached each expert's layers. unsolved: layers without a curve, and why.
+    moments: by input group. routed: calibration tokens that reached each expert's layers. unsolved: layers that
+    offer nothing, and why.
     """
 
     moments: Mapping[str, Moments]
-    curves: dict[str, LayerCurve]
+    menus: dict[str, Menu]
     sensitivity: dict[str, float]
     routed: dict[str, int] = field(default_factory=dict)
     unsolved: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
-class SurveyedBlock:
-    """What is kept of one block. moments: `Moments.state` by input group; probe: the hidden states of the
-    probe's samples behind the block."""
+class ObservedBlock:
+    """What is kept of one block. probe: the hidden states of the probe's samples after the block."""
 
-    moments: dict[str, dict[str, Tensor]]
-    curves: dict[str, LayerCurve]
+    menus: dict[str, Menu]
     sensitivity: dict[str, float]
     routed: dict[str, int]
     unsolved: dict[str, str]
     probe: Tensor | None
 
 
-def survey_model(
+@dataclass(frozen=True)
+class BlockMoments:
+    """`Moments.state` by input group: a record of its own, read when the block is fitted."""
+
+    states: dict[str, dict[str, Tensor]]
+
+
+def observe_model(
     replay: Replay,
     samples: Samples,
-    settings: CompressionSettings,
+    method: Method,
+    ratio: float,
+    *,
+    probing: bool = True,
     progress: Callable[[str], None] = lambda block: None,
     workspace: Workspace | None = None,
     moments: Mapping[str, Moments] | None = None,
     sensitivity: Mapping[str, float] | None = None,
-) -> Survey:
-    """One dense pass, block by block: moments per input group, error curves, sensitivities.
+) -> Observation:
+    """One dense pass, block by block: moments per input group, menus, sensitivities.
 
-    Args: samples: what the replay's batches and the probes are cut from; workspace: where finished blocks
-        are kept, and which are not surveyed again; moments, sensitivity: of an earlier survey of the same
-        model and text, which spare the pass and the probes.
+    Args: samples: what the replay's batches and the probes are cut from; ratio: of the linear weights; probing:
+        whether sensitivities are measured; workspace: where finished blocks are kept, and which are not
+        observed again; moments, sensitivity: of an earlier observation of the same model and text, which
+        spare the pass and the probes.
     """
-    blocks = replay.layout.blocks
     workspace = Workspace() if workspace is None else workspace
-    probing = sensitivity is None and needs_sensitivity(settings)
-    probe: Probe | None = None
-    surveyed: list[SurveyedBlock] = []
-    for index, block in enumerate(blocks):
-        step = survey_step(index)
+    probing = probing and sensitivity is None
+    probe: BlockProbe | None = None
+    observed: list[ObservedBlock] = []
+    for index, block in enumerate(replay.layout.blocks):
+        step = observe_step(index)
         if step not in workspace:
             if probing and probe is None:
-                probe = Probe(
-                    replay.model, replay.layout, samples, index, surveyed[-1].probe if index else None
-                )
-            found, behind = moments, None
+                last = observed[-1].probe if index else None
+                probe = BlockProbe(replay.model, replay.layout, samples, index, last)
+            found, outputs = moments, None
             if found is None:
                 before = (
-                    replay.entering[block.stack] if block.leads else workspace.stream(survey_step(index - 1))
+                    replay.inputs[block.stack]
+                    if block.is_first
+                    else workspace.stream(observe_step(index - 1))
                 )
-                behind = workspace.new_stream(step)
-                found = block_moments(replay, index, before, behind)
-            record = _survey_block(replay, block, found, settings, probe)
-            workspace.finish(step, record, keep=[step] if behind is not None else [])
+                outputs = workspace.new_stream(step)
+                found = block_moments(replay, index, before, outputs)
+            routed = {g.name: found[g.name].count for g in block.groups if g.routed}
+            found = share_among_experts(block, found)
+            record = _observe_block(replay, block, found, routed, method, ratio, probe)
+            states = BlockMoments({group.name: found[group.name].state() for group in block.groups})
+            keep = [step] if outputs is not None else []
+            workspace.finish(step, record, keep=keep, parts={_MOMENTS: states})
+            observed.append(record)
+        else:
+            observed.append(workspace.read(step, ObservedBlock))
         replay.finished(replay.block(index))
-        surveyed.append(workspace.read(step, SurveyedBlock))
         progress(block.name)
-    curves = {name: curve for block in surveyed for name, curve in block.curves.items()}
+    menus = {name: menu for block in observed for name, menu in block.menus.items()}
     unmeasured = 0.0 if probing else 1.0
     if sensitivity is None:
-        sensitivity = {name: weight for block in surveyed for name, weight in block.sensitivity.items()}
-    return Survey(
+        sensitivity = {name: weight for block in observed for name, weight in block.sensitivity.items()}
+    return Observation(
         _StoredMoments(workspace, replay) if moments is None else moments,
-        curves,
-        {name: sensitivity.get(name, unmeasured) for name in curves},
-        {name: count for block in surveyed for name, count in block.routed.items()},
-        {name: reason for block in surveyed for name, reason in block.unsolved.items()},
+        menus,
+        {name: sensitivity.get(name, unmeasured) for name in menus},
+        {name: count for block in observed for name, count in block.routed.items()},
+        {name: reason for block in observed for name, reason in block.unsolved.items()},
     )
 
 
-def survey_step(index: int) -> str:
-    """The name of a block's step in the journal, and of the stream behind the block."""
-    return f"survey-{index:04d}"
+def observe_step(index: int) -> str:
+    """The name of a block's step in the journal, and of the stream of its outputs."""
+    return f"observe-{index:04d}"
 
 
-def _survey_block(
+def layer_problem(replay: Replay, name: str, metric: Metric, ratio: float) -> LayerProblem:
+    """The dense layer's own weight in its metric. ratio: of an equal share."""
+    slot = weight_slot(replay.model, name)
+    W_OI = slot.read().to(metric.gram.device).double()
+    share = slot.shape.dense_bytes / ratio
+    return LayerProblem(W_OI, metric, slot.parameter.dtype, share, bias_O=slot.bias)
+
+
+def _observe_block(
     replay: Replay,
     block: Block,
     moments: Mapping[str, Moments],
-    settings: CompressionSettings,
-    probe: Probe | None,
-) -> SurveyedBlock:
-    routed = {group.name: moments[group.name].count for group in block.groups if group.routed}
-    moments = share_among_experts(block, moments)
-    curves: dict[str, LayerCurve] = {}
+    routed: dict[str, int],
+    method: Method,
+    ratio: float,
+    probe: BlockProbe | None,
+) -> ObservedBlock:
+    menus: dict[str, Menu] = {}
     unsolved: dict[str, str] = {}
-    perturbations: list[Perturbation] = []
+    probes: dict[str, Probe] | None = {} if probe else None
     for group in block.groups:
-        asked = perturbations if probe else None
-        curves |= _survey_group(replay, group, moments[group.name], settings, unsolved, asked)
+        _observe_group(replay, group, moments[group.name], method, ratio, menus, unsolved, probes)
         release_freed()
     measured: dict[str, float] = {}
-    behind: Tensor | None = None
+    after: Tensor | None = None
     if probe:
-        measured, behind = probe.measure(perturbations), probe.behind
+        assert probes is not None
+        measured, after = probe.measure(probes), probe.after
         probe.advance()
-    states = {group.name: moments[group.name].state() for group in block.groups}
-    return SurveyedBlock(states, curves, measured, routed, unsolved, behind)
+    return ObservedBlock(menus, measured, routed, unsolved, after)
 
 
-def _survey_group(
+def _observe_group(
     replay: Replay,
     group: InputGroup,
     moments: Moments,
-    settings: CompressionSettings,
+    method: Method,
+    ratio: float,
+    menus: dict[str, Menu],
     unsolved: dict[str, str],
-    perturbations: list[Perturbation] | None,
-) -> dict[str, LayerCurve]:
-    """Curves of the layers of one group; one that cannot be solved offers nothing but its dense weight.
-
-    unsolved: these are added to it; perturbations: what a probe perturbs the others by is added to it.
-    """
-    curves: dict[str, LayerCurve] = {}
-    gram_II = metric(settings, moments)
-    check_finite(f"the input of {group.name}", gram_II)
-    carry = feedback(gram_II) if has_codes(settings) else None
+    probes: dict[str, Probe] | None,
+) -> None:
+    """Menus of the layers of one group; one that cannot be solved offers nothing but its dense weight."""
+    metric = method.metric(moments)
+    check_finite(f"the input of {group.name}", metric.gram)
     for spec in group.linears:
-        W_OI = read_weight(replay.model, spec).double()
+        problem = layer_problem(replay, spec.name, metric, ratio)
         try:
-            if carry is not None:
-                curve = coded_curve(W_OI, gram_II, carry, spec, settings)
-                perturbation = partial(rounded, spec, W_OI, gram_II, carry)
-            else:
-                whole = spectrum(W_OI, gram_II)
-                curve = layer_curve(W_OI, gram_II, whole, spec, settings)
-                perturbation = partial(truncated, spec, W_OI, whole)
-            if perturbations is not None:
-                perturbations.append(perturbation(curve, settings))
+            menu = method.offer(problem)
+            if probes is not None:
+                probes[spec.name] = method.probe(problem, menu)
         except SolverError as error:
-            curve, unsolved[spec.name] = LayerCurve(spec.shape, ()), str(error)
-        curves[spec.name] = curve
-    return curves
+            menu, unsolved[spec.name] = Menu.of(spec.shape.dense_bytes), str(error)
+        menus[spec.name] = menu
 
 
 class _StoredMoments(Mapping[str, Moments]):
-    """Moments of every input group, read from the finished survey when asked for: about two bytes per entry
+    """Moments of every input group, read from the finished steps when asked for: about two bytes per entry
     of G, of all layers of a large model, do not fit in memory beside it."""
 
     def __init__(self, workspace: Workspace, replay: Replay) -> None:
-        self._workspace, self._device = workspace, replay.model.device
+        self._workspace, self._device = workspace, exact_device(replay.model.device)
         blocks = enumerate(replay.layout.blocks)
-        self._steps = {group.name: survey_step(index) for index, block in blocks for group in block.groups}
+        self._steps = {group.name: observe_step(index) for index, block in blocks for group in block.groups}
         self._last: tuple[str, dict[str, dict[str, Tensor]]] = "", {}
 
     def __getitem__(self, group: str) -> Moments:
         step = self._steps[group]
         if self._last[0] != step:  # the groups of a block follow each other, and share its record
-            self._last = step, self._workspace.read(step, SurveyedBlock).moments
+            self._last = step, self._workspace.read(step, BlockMoments, part=_MOMENTS).states
         return Moments.from_state(self._last[1][group], self._device)
 
     def __iter__(self) -> Iterator[str]:
@@ -193,24 +204,16 @@ class _StoredMoments(Mapping[str, Moments]):
         return len(self._steps)
 
 
-def needs_sensitivity(settings: CompressionSettings) -> bool:
-    by_rank = settings.rank is not None and not has_codes(settings)
-    return settings.allocates_by in ("auto", "kl") and not by_rank
+def block_moments(replay: Replay, index: int, before: Stream, outputs: Stream) -> dict[str, Moments]:
+    """Moments of every input group of one block; the block's outputs go into `outputs`."""
+    block, device = replay.layout.blocks[index], exact_device(replay.model.device)
+    moments = {group.name: Moments(group.in_features, device) for group in block.groups}
 
-
-def has_codes(settings: CompressionSettings) -> bool:
-    return settings.entropy_coded or bool(settings.code_widths)
-
-
-def block_moments(replay: Replay, index: int, before: Stream, behind: Stream) -> dict[str, Moments]:
-    """Moments of every input group of one block; the hidden states behind it are appended to `behind`."""
-    block = replay.layout.blocks[index]
-    moments = {group.name: Moments(group.in_features, replay.model.device) for group in block.groups}
-    for batch, hidden in enumerate(before):
-        output, inputs = replay.run_with_inputs(index, batch, hidden)
+    def observe(batch: int, hidden: Tensor, output: Tensor, inputs: dict[str, Tensor]) -> None:
         for name, x in inputs.items():
             moments[name].update_(x)
-        behind.append(output)
+
+    replay.pass_(index, before, outputs, observe)
     return moments
 
 
@@ -223,7 +226,7 @@ def share_among_experts(block: Block, moments: Mapping[str, Moments]) -> dict[st
         if group.routed:
             own = moments[group.name]
             pools[group.routed] = pools[group.routed] + own if group.routed in pools else own
-    shared = dict(moments)
+    shared = {group.name: moments[group.name] for group in block.groups}
     for group in block.groups:
         missing = group.in_features - moments[group.name].count
         if group.routed and missing > 0:

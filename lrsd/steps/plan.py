@@ -1,36 +1,31 @@
 """Which plan: bytes shared among layers in several ways, the best on held-out text kept."""
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Any
-
-from torch import nn
 
 from lrsd.errors import BudgetError
-from lrsd.methods.curves import metric
-from lrsd.model.layout import LinearSpec, exchange_weight, read_weight
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples, answer, distance, run_model
+from lrsd.model.slots import weight_slot
 from lrsd.numerics.allocate import (
-    LayerCurve,
-    Plan,
+    Allocation,
     allocate_by_weight,
     allocate_energy,
+    allocate_smallest,
     allocate_uniform,
+    allocated_bytes,
     dense_bytes,
-    plan_bytes,
 )
-from lrsd.numerics.quantize import feedback
+from lrsd.numerics.menu import Choice, Menu
 from lrsd.progress import Progress
-from lrsd.settings import CompressionSettings
-from lrsd.steps.observe import HELD_OUT, Survey, has_codes, needs_sensitivity
-from lrsd.steps.solve import solve_layer
+from lrsd.recipe import Recipe
+from lrsd.steps.observe import HELD_OUT, Observation, layer_problem
 from lrsd.work.journal import Workspace
 from lrsd.work.process import release_freed
 from lrsd.work.streams import Stream
 
-# KL in nats per token below which a plan for codes is not fitted behind the compressed prefix: on
+# KL in nats per token below which a plan for codes is not calibrated on the compressed model's activations: on
 # SmolLM2-135M at 4x propagation took twice the time of all the rest and lowered the perplexity from 26.83
 # to 26.78. --propagate turns it on.
 _SMALL_KL = 0.1
@@ -48,18 +43,33 @@ PLAN_STEP = "plan"
 
 
 @dataclass(frozen=True)
-class Choice:
-    """A plan, how it was come by, and whether it is to be fitted behind the compressed prefix.
+class Plan:
+    """An offer for every layer, how it was come by, and whether it is to be fitted on the compressed model's
+    activations.
 
     expected_kl: sum of sensitivity x error, nats per token; None where no sensitivities were measured.
     compared: held-out KL of every plan tried.
     """
 
-    plan: Plan
+    choices: dict[str, Choice]
     name: str
     expected_kl: float | None
     propagate: bool
     compared: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        return sum(choice.nbytes for choice in self.choices.values())
+
+
+def may_propagate(recipe: Recipe) -> bool:
+    """Whether a fit may be calibrated on the compressed model's activations: as asked, or as the method does."""
+    asked = recipe.calibration.propagate
+    return recipe.method.propagates if asked is None else asked
+
+
+def needs_sensitivity(recipe: Recipe) -> bool:
+    return recipe.method.allocation(recipe.budget.allocation) in ("auto", "kl")
 
 
 def compared_rows(samples: Samples) -> int:
@@ -69,143 +79,125 @@ def compared_rows(samples: Samples) -> int:
 
 def choose_plan(
     replay: Replay,
-    survey: Survey,
+    observation: Observation,
     samples: Samples,
     budget: int,
-    settings: CompressionSettings,
+    ratio: float,
+    recipe: Recipe,
     progress: Progress,
     workspace: Workspace | None = None,
-) -> Choice:
+) -> Plan:
     """Share the budget among the layers, and decide on propagation.
 
     "auto" allocates by sensitivities as measured. Where these promise a small loss the promise holds:
     sensitivities are first-order. Otherwise equal shares are tried too, on held-out calibration text
     without propagation, and the better plan is kept.
 
-    Args: workspace: where the choice is kept, once made.
+    Args: ratio: of the linear weights; workspace: where the plan is kept, once made.
     """
     workspace = Workspace() if workspace is None else workspace
     if PLAN_STEP not in workspace:
 
-        def divergence(plan: Plan) -> float:
+        def divergence(choices: Mapping[str, Choice]) -> float:
             aside = workspace.new_stream("approximations")
             try:
-                return _held_out_divergence(replay, survey, samples, plan, settings, aside)
+                return _held_out_divergence(replay, observation, samples, choices, ratio, recipe, aside)
             finally:
                 aside.drop()
 
-        workspace.finish(PLAN_STEP, _choose(survey, budget, settings, progress, divergence))
-    return workspace.read(PLAN_STEP, Choice)
+        plan = make_plan(observation, budget, ratio, recipe, progress, divergence)
+        workspace.finish(PLAN_STEP, plan)
+    return workspace.read(PLAN_STEP, Plan)
 
 
-def _choose(
-    survey: Survey,
+def make_plan(
+    observation: Observation,
     budget: int,
-    settings: CompressionSettings,
+    ratio: float,
+    recipe: Recipe,
     progress: Progress,
-    divergence: Callable[[Plan], float],
-) -> Choice:
+    divergence: Callable[[Mapping[str, Choice]], float],
+) -> Plan:
     """divergence: the held-out KL of a plan, where plans are to be compared."""
-    curves, sensitivity = survey.curves, survey.sensitivity
-    floor = _FLOOR / settings.ratio
+    menus, sensitivity = observation.menus, observation.sensitivity
 
-    def choice(name: str, plan: Plan, compared: dict[str, float] | None = None) -> Choice:
+    def plan(name: str, allocation: Allocation, compared: dict[str, float] | None = None) -> Plan:
+        choices = {layer: menus[layer].choice(index) for layer, index in allocation.items()}
         expected = None
-        if needs_sensitivity(settings):
-            expected = sum(sensitivity[name] * layer.error for name, layer in plan.items())
-        small = has_codes(settings) and expected is not None and expected < _SMALL_KL
-        propagate = settings.propagate
+        if needs_sensitivity(recipe):
+            expected = sum(sensitivity[layer] * choice.error for layer, choice in choices.items())
+        propagate = recipe.calibration.propagate
         if propagate is None:
-            propagate = settings.method == "lrsd" and not small
-        return Choice(plan, name, expected, propagate, compared or {})
+            small = recipe.method.rounds and expected is not None and expected < _SMALL_KL
+            propagate = recipe.method.propagates and not small
+        return Plan(choices, name, expected, propagate, compared or {})
 
-    if settings.rank is not None and not has_codes(settings):
-        return choice("rank", _fixed_rank(curves, budget, settings.rank))
-    if settings.allocates_by == "energy":
-        return choice("energy", allocate_energy(curves, budget))
-    if settings.allocates_by == "uniform":
-        return choice("uniform", allocate_uniform(curves, budget))
-    first = choice("kl", allocate_by_weight(curves, sensitivity, budget, floor))
+    rule = recipe.method.allocation(recipe.budget.allocation)
+    if rule == "smallest":
+        return plan("rank", _smallest(menus, budget))
+    if rule == "energy":
+        return plan("energy", allocate_energy(menus, budget))
+    if rule == "uniform":
+        return plan("uniform", allocate_uniform(menus, budget))
+    by_weight = allocate_by_weight(menus, sensitivity, budget, _FLOOR / ratio)
+    first = plan("kl", by_weight)
     assert first.expected_kl is not None
-    if settings.allocates_by == "kl" or first.expected_kl < _TRUSTED_KL:
+    if rule == "kl" or first.expected_kl < _TRUSTED_KL:
         return first
-    plans = {"kl": first.plan, "uniform": allocate_uniform(curves, budget)}
-    progress.stage("compare plans", len(plans))
+    allocations = {"kl": by_weight, "uniform": allocate_uniform(menus, budget)}
+    progress.stage("compare plans", len(allocations))
     compared = {}
-    for name, plan in plans.items():
-        compared[name] = divergence(plan)
+    for name, allocation in allocations.items():
+        compared[name] = divergence(plan(name, allocation).choices)
         progress.step(name)
     best = min(compared, key=compared.__getitem__)
-    return choice(best, plans[best], compared)
+    return plan(best, allocations[best], compared)
 
 
-def _fixed_rank(curves: dict[str, LayerCurve], budget: int, rank: int) -> Plan:
-    plan: Plan = {}
-    for name, curve in curves.items():
-        layer = curve.plan(curve.supports[0], min(rank, curve.supports[0].errors_R.numel() - 1))
-        plan[name] = layer if layer.nbytes(curve.shape) < curve.shape.dense_bytes else curve.dense
-    if plan_bytes(plan, curves) > budget:
-        total = dense_bytes(curves)
+def _smallest(menus: Mapping[str, Menu], budget: int) -> Allocation:
+    """The one offer that there is of every layer, at a rank that the user has set."""
+    taken = allocated_bytes(menus, dict.fromkeys(menus, 0))
+    if taken > budget:
         raise BudgetError(
-            f"rank {rank} takes {plan_bytes(plan, curves):,} bytes, a ratio of "
-            f"{total / plan_bytes(plan, curves):.3g}x; lower the rank or the ratio"
+            f"the rank asked for takes {taken:,} bytes, a ratio of {dense_bytes(menus) / taken:.3g}x; "
+            "lower the rank or the ratio"
         )
-    return plan
+    return allocate_smallest(menus, budget)
 
 
 def _held_out_divergence(
     replay: Replay,
-    survey: Survey,
+    observation: Observation,
     samples: Samples,
-    plan: Plan,
-    settings: CompressionSettings,
+    choices: Mapping[str, Choice],
+    ratio: float,
+    recipe: Recipe,
     aside: Stream,
 ) -> float:
     """KL(dense || planned) per token on the held-out samples, all layers fitted without propagation.
 
-    aside: where the dense answers and the fitted weights are kept meanwhile.
+    aside: where the dense logits and the fitted weights are kept meanwhile.
     """
-    model = replay.model
+    model, method = replay.model, recipe.method
     last = samples[-max(1, len(samples) // HELD_OUT) :]
     held_out = list(last[:_COMPARED_SAMPLES].cut(_COMPARED_TOKENS).split(1))
     for sample in held_out:
         aside.append(answer(run_model(model, sample)))
     with ExitStack() as replaced:
         for group in replay.layout.groups:
-            metric_II = metric(settings, survey.moments[group.name])
-            carry = feedback(metric_II) if has_codes(settings) else None
-            gram_II = metric_II.float()
+            metric = method.metric(observation.moments[group.name])
             for spec in group.linears:
-                layer, curve = plan[spec.name], survey.curves[spec.name]
-                if layer.is_dense:
+                choice = choices[spec.name]
+                if choice.is_dense:
                     continue
-                W_OI = read_weight(model, spec)
-                # Columns and rows as surveyed: to improve them here would take most of the time.
-                found = solve_layer(W_OI, gram_II, layer, curve, settings, carry=carry, alternate=False)
-                replaced.enter_context(_weight_read(model, spec, aside, len(aside)))
-                aside.append(found.dense().to(model.dtype))
+                # Columns and rows as observed: to improve them here would take most of the time.
+                problem = layer_problem(replay, spec.name, metric, ratio).single()
+                found = method.solve(problem, choice, quick=True)
+                slot, number = weight_slot(model, spec.name), len(aside)
+                aside.append(found.W_OI.to(model.dtype))
+                replaced.enter_context(slot.paged(lambda number=number: aside[number]))  # type: ignore[misc]
             release_freed()
         total = 0.0
         for number, sample in enumerate(held_out):
             total += distance(model, aside[number], answer(run_model(model, sample)))
         return total / len(held_out)
-
-
-@contextmanager
-def _weight_read(model: nn.Module, spec: LinearSpec, stream: Stream, number: int) -> Iterator[None]:
-    """A layer whose weight is read from a stream whenever it runs, and in memory no longer than that."""
-    module = model.get_submodule(spec.name)
-    original = module.weight
-
-    def enter(module: nn.Module, args: Any) -> None:
-        exchange_weight(model, spec, stream[number])
-
-    def leave(module: nn.Module, args: Any, output: Any) -> None:
-        module.weight = original
-
-    hooks = module.register_forward_pre_hook(enter), module.register_forward_hook(leave, always_call=True)
-    try:
-        yield
-    finally:
-        for hook in hooks:
-            hook.remove()

@@ -1,15 +1,16 @@
 """How much the model's output suffers from each layer's error, measured by forward passes only."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
-from lrsd.methods.base import Perturbation
-from lrsd.model.layout import Layout, replaced_weight
+from lrsd.methods.base import Probe
+from lrsd.model.layout import Layout
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples, distance
+from lrsd.model.slots import weight_slot
 from lrsd.model.types import Model
 
 # Tokens of a probe: set by the time they take, their effect on quality is not measured. The KL is read
@@ -65,10 +66,10 @@ def in_float32(
             restore(others)
 
 
-class Probe:
+class BlockProbe:
     """KL(dense || the layers of a block perturbed), shared out among these layers.
 
-    The pass behind a block is made once for all of its layers; each layer's share of the KL is its
+    The pass after a block is made once for all of its layers; each layer's share of the KL is its
     share of the squared change of the block's output, relative to the token's norm. One pass per
     input group takes three times as long; at 4x on SmolLM2-135M it made no better plans (KL on other
     text 0.071 and 0.080 in two tries against 0.073 and 0.076, 0.122 without sensitivities).
@@ -85,18 +86,18 @@ class Probe:
         start: int = 0,
         before: Tensor | None = None,
     ) -> None:
-        """start: the first block to measure; before: `behind` of the block in front of it."""
+        """start: the first block to measure; before: `after` of the block before it."""
         self._samples = samples[:_SAMPLES].cut(_TOKENS)
         with in_float32(model, layout):
             self._replay = Replay.start(model, layout, [self._samples])
             self._index = 0
-            self._before = self._replay.entering[0][0]
+            self._before = self._replay.inputs[0][0]
             self._reference = self._answer()
         self._enter(start, None if before is None else before.to(model.device, copy=True))
 
     @property
-    def behind(self) -> Tensor:
-        """The hidden states behind the block that is measured."""
+    def after(self) -> Tensor:
+        """The hidden states after the block that is measured."""
         return self._after
 
     def advance(self) -> None:
@@ -104,28 +105,25 @@ class Probe:
         if self._index + 1 < len(self._replay.layout.blocks):
             self._enter(self._index + 1, self._after)
 
-    def measure(self, block: list[Perturbation]) -> dict[str, float]:
-        """KL in nats per token per unit of relative error, by layer name."""
-        block = [perturbation for perturbation in block if perturbation.error > 0]
-        if not block:
+    def measure(self, probes: Mapping[str, Probe]) -> dict[str, float]:
+        """KL in nats per token per unit of relative error, by layer name. probes: of the block's layers."""
+        probes = {name: probe for name, probe in probes.items() if probe.error > 0}
+        if not probes:
             return {}
         with ExitStack() as replaced:
             replaced.enter_context(in_float32(self._replay.model, self._replay.layout, first=self._index))
-            for perturbation in block:
-                replaced.enter_context(self._perturbed(perturbation))
+            for name, probe in probes.items():
+                replaced.enter_context(self._perturbed(name, probe))
             per_token = distance(self._replay.model, self._reference, self._answer())
-        changes = [self._change(perturbation) for perturbation in block]
-        total = sum(changes) or 1.0
-        return {
-            perturbation.spec.name: per_token * change / total / perturbation.error
-            for perturbation, change in zip(block, changes, strict=True)
-        }
+        changes = {name: self._change(name, probe) for name, probe in probes.items()}
+        total = sum(changes.values()) or 1.0
+        return {name: per_token * changes[name] / total / probe.error for name, probe in probes.items()}
 
     def _enter(self, index: int, before: Tensor | None) -> None:
         block = self._replay.layout.blocks[index]
         self._index = index
-        if block.leads or before is None:
-            before = self._replay.entering[block.stack][0]
+        if block.is_first or before is None:
+            before = self._replay.inputs[block.stack][0]
         self._before = before
         with self._widened_blocks():
             self._after = self._replay.run(index, 0, self._before)
@@ -133,13 +131,12 @@ class Probe:
     def _widened_blocks(self) -> AbstractContextManager[None]:
         return in_float32(self._replay.model, self._replay.layout, blocks_only=True)
 
-    def _perturbed(self, perturbation: Perturbation) -> AbstractContextManager[None]:
-        W_OI = perturbation.approximation_OI
-        return replaced_weight(self._replay.model, perturbation.spec, W_OI, torch.float32)
+    def _perturbed(self, name: str, probe: Probe) -> AbstractContextManager[None]:
+        return weight_slot(self._replay.model, name).swapped(probe.W_OI, torch.float32)
 
-    def _change(self, perturbation: Perturbation) -> float:
+    def _change(self, name: str, probe: Probe) -> float:
         """Mean squared change of the block's output, relative to each token's squared norm."""
-        with self._widened_blocks(), self._perturbed(perturbation):
+        with self._widened_blocks(), self._perturbed(name, probe):
             moved = self._replay.run(self._index, 0, self._before) - self._after
         norm = (self._after**2).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
         return float(((moved**2).sum(-1) / norm).mean())

@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -48,19 +48,25 @@ class Workspace:
     def __contains__(self, step: str) -> bool:
         return step in self._records
 
-    def read(self, step: str, kind: type[T]) -> T:
-        """What a finished step found."""
-        found = self._records[step]
+    def read(self, step: str, kind: type[T], part: str = "") -> T:
+        """What a finished step found, or a part of it that was kept apart."""
+        found = self._records[_record_name(step, part)]
         assert isinstance(found, kind)
         return found
 
-    def finish(self, step: str, record: Any = None, keep: Sequence[str] = ()) -> None:
+    def finish(
+        self,
+        step: str,
+        record: Any = None,
+        keep: Sequence[str] = (),
+        parts: Mapping[str, Any] | None = None,
+    ) -> None:
         """Keep what a step found, if anything.
 
-        keep: names of the streams that the next step begins with; those that the last one kept may go.
+        parts: records of their own, since they are read on their own. keep: names of the streams that the next step begins with; those that the last one kept may go.
         Raises: StorageError.
         """
-        self._write(step, record, keep)
+        self._write(step, {"": record, **(parts or {})}, keep)
         for name in set(self._kept) - set(keep):
             self.stream(name).drop()
         self._kept = tuple(keep)
@@ -74,8 +80,8 @@ class Workspace:
         """A stream of this run, or one that the last finished step kept."""
         return self._streams[name]
 
-    def _write(self, step: str, record: Any, keep: Sequence[str]) -> None:
-        self._records[step] = record
+    def _write(self, step: str, records: Mapping[str, Any], keep: Sequence[str]) -> None:
+        self._records |= {_record_name(step, part): record for part, record in records.items()}
 
 
 class Journal(Workspace):
@@ -169,9 +175,9 @@ class Journal(Workspace):
     def __contains__(self, step: str) -> bool:
         return step in self._seconds
 
-    def read(self, step: str, kind: type[T]) -> T:
+    def read(self, step: str, kind: type[T], part: str = "") -> T:
         """What a finished step found, mapped from its file. Raises: CheckpointError if that is damaged."""
-        return read_record(self.directory / f"{step}.safetensors", kind)
+        return read_record(self.directory / f"{_record_name(step, part)}.safetensors", kind)
 
     def new_stream(self, name: str) -> Stream:
         stream = self._streams[name] = StreamOnDisk(self.directory / f"{name}{_STREAM}", self._device)
@@ -183,13 +189,14 @@ class Journal(Workspace):
             self._streams[name] = StreamOnDisk(self.directory / f"{name}{_STREAM}", self._device)
         return self._streams[name]
 
-    def _write(self, step: str, record: Any, keep: Sequence[str]) -> None:
+    def _write(self, step: str, records: Mapping[str, Any], keep: Sequence[str]) -> None:
         for name in keep:
             stream = self.stream(name)
             assert isinstance(stream, StreamOnDisk)
             stream.sync()
-        if record is not None:
-            write_record(self.directory / f"{step}.safetensors", record)
+        for part, record in records.items():
+            if record is not None:
+                write_record(self.directory / f"{_record_name(step, part)}.safetensors", record)
         now = time.perf_counter()
         with refusals(self.directory / JOURNAL):
             self._append({"step": step, "keep": list(keep), "seconds": round(now - self._since, 3)})
@@ -236,6 +243,10 @@ class Journal(Workspace):
         while content:
             content = content[self._file.write(content) :]
         os.fsync(self._file)
+
+
+def _record_name(step: str, part: str) -> str:
+    return f"{step}.{part}" if part else step
 
 
 def difference(before: dict[str, Any], now: dict[str, Any], where: str = "") -> str | None:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from enum import StrEnum
 from functools import cache
 from pathlib import Path
 from types import NoneType, UnionType
@@ -88,6 +89,8 @@ def _decode(kind: Any, content: Any, tensors: Mapping[str, Tensor]) -> Any:
         return {key: _decode(arguments[1], item, tensors) for key, item in content.items()}
     if kind is float and type(content) is int:
         return float(content)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        return kind(content)
     if kind is not Any and not isinstance(content, kind):
         raise TypeError(f"expected {kind.__name__}, got {content!r:.40}")
     return content

@@ -20,10 +20,13 @@ class Stream:
     """
 
     def __init__(self, batches: Iterable[Tensor] = ()) -> None:
-        self._batches = list(batches)
+        self._batches = dict(enumerate(batches))
 
     def append(self, hidden: Tensor) -> None:
-        self._batches.append(hidden)
+        self.put(len(self), hidden)
+
+    def put(self, batch: int, hidden: Tensor) -> None:
+        self._batches[batch] = hidden
 
     def __getitem__(self, batch: int) -> Tensor:
         return self._batches[batch]
@@ -47,11 +50,11 @@ class StreamOnDisk(Stream):
         self._directory, self._device = directory, device
         self._count = len(list(directory.glob("*.safetensors"))) if directory.is_dir() else 0
 
-    def append(self, hidden: Tensor) -> None:
+    def put(self, batch: int, hidden: Tensor) -> None:
         with refusals(self._directory):
             self._directory.mkdir(exist_ok=True)
-            save_file({"hidden": hidden.cpu().contiguous()}, self._path(self._count))
-        self._count += 1
+            save_file({"hidden": hidden.cpu().contiguous()}, self._path(batch))
+        self._count = max(self._count, batch + 1)
 
     def __getitem__(self, batch: int) -> Tensor:
         try:

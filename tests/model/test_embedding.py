@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import on
 from torch import nn
 from transformers import AutoModelForCausalLM, Gemma2Config
 
@@ -12,12 +13,13 @@ from lrsd.checkpoint.reader import stored_bytes
 from lrsd.compress import compress
 from lrsd.errors import BudgetError
 from lrsd.model.embedding import Int8Embedding, Int8Head, embedding_names
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 
 
 @pytest.fixture
-def calibration(text_file: Path) -> CalibrationSettings:
-    return CalibrationSettings(source=str(text_file), samples=8, seqlen=32)
+def calibration(text_file: Path) -> Calibration:
+    return Calibration(calib=str(text_file), samples=8, seqlen=32)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -46,10 +48,10 @@ def test_a_tied_head_has_no_weights_of_its_own(generator: torch.Generator) -> No
 
 
 def test_the_whole_checkpoint_is_as_small_as_asked_for(
-    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path
+    tiny_model_dir: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    settings = CompressionSettings(ratio=2.5, scope="checkpoint")
-    manifest = compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
+    settings = Recipe.of(ratio=2.5, scope="checkpoint")
+    manifest = compress(str(tiny_model_dir), tmp_path / "out", on(settings, calibration))
     ratio = stored_bytes(tiny_model_dir) / stored_bytes(tmp_path / "out")
     assert 2.5 <= ratio <= 2.52
     assert manifest.checkpoint_ratio == pytest.approx(ratio, rel=1e-3)
@@ -57,12 +59,11 @@ def test_the_whole_checkpoint_is_as_small_as_asked_for(
 
 
 def test_a_checkpoint_ratio_that_the_embeddings_alone_exceed_is_refused(
-    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path
+    tiny_model_dir: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
     with pytest.raises(BudgetError, match="embeddings at 8 bit and norms alone"):
         compress(
-            str(tiny_model_dir), tmp_path / "out", CompressionSettings(ratio=30, scope="checkpoint"),
-            calibration,
+            str(tiny_model_dir), tmp_path / "out", on(Recipe.of(ratio=30, scope="checkpoint"), calibration),
         )  # fmt: skip
     assert not (tmp_path / "out").exists()
 

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import on
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
 
 from lrsd.checkpoint.manifest import Manifest
@@ -12,8 +13,9 @@ from lrsd.compress import compress
 from lrsd.model.experts import fuse_experts, unfuse_experts
 from lrsd.model.layout import find_layout
 from lrsd.model.samples import Samples
+from lrsd.recipe import Recipe
 from lrsd.report import summary_lines
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.settings import Calibration
 
 TINY = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 48,
@@ -63,9 +65,9 @@ def starving(make_model, tmp_path_factory: pytest.TempPathFactory, tokenizer) ->
 
 
 def compressed(base: Path, output: Path, text_file: Path, **changes: object) -> Manifest:
-    settings = CompressionSettings(**{"ratio": 4.0, "allocation": "uniform", "propagate": False, **changes})
-    calibration = CalibrationSettings(source=str(text_file), samples=16, seqlen=32)
-    return compress(str(base), output, settings, calibration)
+    settings = Recipe.of(**{"ratio": 4.0, "allocation": "uniform", "propagate": False, **changes})
+    calibration = Calibration(calib=str(text_file), samples=16, seqlen=32)
+    return compress(str(base), output, on(settings, calibration))
 
 
 @pytest.mark.parametrize("bits", ["auto", "16"])

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from recipes import on
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM as Causal
@@ -26,7 +27,8 @@ from lrsd.evaluate import evaluate
 from lrsd.export.dense import export_dense
 from lrsd.model.load import load_model
 from lrsd.model.samples import answer, run_model
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 
 LLAMA_LIKE = {
     "vocab_size": 300, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2,
@@ -152,14 +154,14 @@ def outputs(model: PreTrainedModel, directory: Path) -> Tensor:
     return answer(run_model(model.eval(), type(samples)(inputs)))
 
 
-def calibration_for(family: Family, text_file: Path, tmp_path: Path) -> CalibrationSettings:
+def calibration_for(family: Family, text_file: Path, tmp_path: Path) -> Calibration:
     if family.head is Speech:
         path = tmp_path / "features.safetensors"
         save_file(
             {"input_features": torch.randn(9, 16, 64, generator=torch.Generator().manual_seed(0))}, path
         )
-        return CalibrationSettings(source=str(path), samples=9, seqlen=24)
-    return CalibrationSettings(source=str(text_file), samples=9, seqlen=32)
+        return Calibration(calib=str(path), samples=9, seqlen=24)
+    return Calibration(calib=str(text_file), samples=9, seqlen=32)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -170,7 +172,7 @@ def test_family(make_model, text_file: Path, tmp_path: Path, name: str, mode: st
     base = make_model(config, family.head)
     calibration = calibration_for(family, text_file, tmp_path)
     out, dense = tmp_path / "out", tmp_path / "dense"
-    manifest = compress(str(base), out, CompressionSettings(**MODES[mode], batch=4), calibration)
+    manifest = compress(str(base), out, on(Recipe.of(**MODES[mode], batch=4), calibration))
 
     assert 0.98 * manifest.budget_bytes <= manifest.linear_bytes <= manifest.budget_bytes
     assert set(manifest.untouched) <= family.untouched
@@ -193,8 +195,8 @@ def test_family(make_model, text_file: Path, tmp_path: Path, name: str, mode: st
         assert generated.shape[1] >= 5
 
     whole = tmp_path / "whole"
-    full = CompressionSettings(**{**MODES[mode], "ratio": 1.0001}, batch=4, propagate=False)
-    errors = [layer.error for layer in compress(str(base), whole, full, calibration).layers.values()]
+    full = Recipe.of(**{**MODES[mode], "ratio": 1.0001}, batch=4, propagate=False)
+    errors = [layer.error for layer in compress(str(base), whole, on(full, calibration)).layers.values()]
     # At 16 bit the last bytes are a rank in a layer or two: the others are as they were.
     assert sorted(errors)[-3 if mode == "16 bit" else -1] <= 1e-5
     assert max(errors) <= 1e-2

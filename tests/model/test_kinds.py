@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import on
 from safetensors.torch import save_file
 from transformers import (
     AlbertConfig,
@@ -29,7 +30,8 @@ from lrsd.model.load import load_model
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
 from lrsd.progress import Progress
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 from lrsd.work.streams import Stream
 
 BERT = {
@@ -39,8 +41,8 @@ BERT = {
 
 
 @pytest.fixture(scope="module")
-def calibration(text_file: Path) -> CalibrationSettings:
-    return CalibrationSettings(source=str(text_file), samples=8, seqlen=32)
+def calibration(text_file: Path) -> Calibration:
+    return Calibration(calib=str(text_file), samples=8, seqlen=32)
 
 
 @pytest.fixture(scope="module")
@@ -121,7 +123,7 @@ def test_pairs_calibrate_and_score_a_model_of_two_stacks(make_model, tmp_path: P
     pairs = [{"source": f"translate {n} sheep and their dogs", "target": f"{n} moutons"} for n in range(40)]
     path.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
     loaded = load_model(str(base))
-    calibration = CalibrationSettings(source=str(path), samples=8, seqlen=32)
+    calibration = Calibration(calib=str(path), samples=8, seqlen=32)
     inputs = calibration_samples(loaded, "", calibration, Progress()).inputs
     sources, targets = inputs["input_ids"], inputs["decoder_input_ids"]
     assert sources.shape == (8, 32)
@@ -132,7 +134,7 @@ def test_pairs_calibrate_and_score_a_model_of_two_stacks(make_model, tmp_path: P
     for question, pair in zip(asked, pairs, strict=False):
         assert tokenizer.decode(question.samples.inputs["input_ids"][0]) == pair["source"]
         assert tokenizer.decode(question.labels) == pair["target"]
-    manifest = compress(str(base), tmp_path / "out", CompressionSettings(ratio=4), calibration)
+    manifest = compress(str(base), tmp_path / "out", on(Recipe.of(ratio=4), calibration))
     assert manifest.linear_bytes <= manifest.budget_bytes
     assert evaluate(str(tmp_path / "out"), (str(path),), windows=3).perplexity[0].windows == 3
     path.write_text(json.dumps(pairs[0]) + "\n" + json.dumps({"source": "alone"}) + "\n")
@@ -140,25 +142,25 @@ def test_pairs_calibrate_and_score_a_model_of_two_stacks(make_model, tmp_path: P
         calibration_samples(loaded, "", calibration, Progress())
 
 
-def test_shared_blocks_are_refused_by_name(make_model, calibration: CalibrationSettings) -> None:
+def test_shared_blocks_are_refused_by_name(make_model, calibration: Calibration) -> None:
     base = make_model(AlbertConfig(**BERT, embedding_size=32), AutoModelForMaskedLM)
     with pytest.raises(InputError, match="AlbertForMaskedLM runs its blocks \\[2\\] times per pass"):
-        dry_run(str(base), CompressionSettings(ratio=2), calibration)
+        dry_run(str(base), on(Recipe.of(ratio=2), calibration))
 
 
 def test_self_calibration_needs_a_model_that_writes(classifier: Path) -> None:
     with pytest.raises(InputError, match="cannot write its own calibration text; give --calib FILE"):
-        dry_run(str(classifier), CompressionSettings(ratio=2), CalibrationSettings())
+        dry_run(str(classifier), on(Recipe.of(ratio=2), Calibration()))
 
 
 def test_layers_are_chosen_by_pattern_and_size(
-    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path
+    tiny_model_dir: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
-    settings = CompressionSettings(
+    settings = Recipe.of(
         ratio=3, include=("*.mlp.*", "*.q_proj", "*.k_proj"), exclude=("*.0.mlp.up_proj",), min_weights=4096,
         shard_size="50KB",
     )  # fmt: skip
-    compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
+    compress(str(tiny_model_dir), tmp_path / "out", on(settings, calibration))
     manifest = read_manifest(tmp_path / "out")
     chosen = {name.removeprefix("model.layers.") for name in manifest.layers}
     assert chosen == {
@@ -173,18 +175,16 @@ def test_layers_are_chosen_by_pattern_and_size(
     assert len(shard_paths(tmp_path / "out")) > 1
 
 
-def test_a_pattern_that_matches_nothing_is_an_error(
-    tiny_model_dir: Path, calibration: CalibrationSettings
-) -> None:
+def test_a_pattern_that_matches_nothing_is_an_error(tiny_model_dir: Path, calibration: Calibration) -> None:
     with pytest.raises(InputError, match="may be compressed"):
-        dry_run(str(tiny_model_dir), CompressionSettings(ratio=3, include=("*.nothing",)), calibration)
+        dry_run(str(tiny_model_dir), on(Recipe.of(ratio=3, include=("*.nothing",)), calibration))
 
 
 def test_a_single_number_is_no_choice_and_still_has_a_distance(
-    make_model, calibration: CalibrationSettings, text_file: Path, tmp_path: Path
+    make_model, calibration: Calibration, text_file: Path, tmp_path: Path
 ) -> None:
     base = make_model(BertConfig(**BERT, num_labels=1), AutoModelForSequenceClassification)
-    manifest = compress(str(base), tmp_path / "out", CompressionSettings(ratio=6), calibration)
+    manifest = compress(str(base), tmp_path / "out", on(Recipe.of(ratio=6), calibration))
     assert min(layer.sensitivity for layer in manifest.layers.values()) > 0
     result = evaluate(
         str(tmp_path / "out"), (str(text_file),), seqlen=32, windows=2, dense=str(base), dtype="float32"
@@ -194,18 +194,16 @@ def test_a_single_number_is_no_choice_and_still_has_a_distance(
     assert found.measure == "half the relative squared error"
 
 
-def test_a_whole_block_may_stay_dense(
-    tiny_model_dir: Path, calibration: CalibrationSettings, tmp_path: Path
-) -> None:
-    settings = CompressionSettings(ratio=3, exclude=("*.layers.0.*",))
-    manifest = compress(str(tiny_model_dir), tmp_path / "out", settings, calibration)
+def test_a_whole_block_may_stay_dense(tiny_model_dir: Path, calibration: Calibration, tmp_path: Path) -> None:
+    settings = Recipe.of(ratio=3, exclude=("*.layers.0.*",))
+    manifest = compress(str(tiny_model_dir), tmp_path / "out", on(settings, calibration))
     assert all(".layers.1." in name for name in manifest.layers)
     assert manifest.linear_bytes <= manifest.budget_bytes
 
 
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_shared_embeddings_that_int8_cannot_serve_stay_as_they_are(
-    make_model, text_file: Path, calibration: CalibrationSettings, tmp_path: Path, family: str
+    make_model, text_file: Path, calibration: Calibration, tmp_path: Path, family: str
 ) -> None:
     """T5's stacks share theirs, BERT's tied head has a bias: the ratio is met by the linear weights."""
     if family == "t5":
@@ -215,8 +213,8 @@ def test_shared_embeddings_that_int8_cannot_serve_stay_as_they_are(
         base = make_model(config, AutoModelForSeq2SeqLM)
     else:
         base = make_model(BertConfig(**BERT), AutoModelForMaskedLM)
-    settings = CompressionSettings(ratio=1.9, scope="checkpoint")
-    manifest = compress(str(base), tmp_path / "out", settings, calibration)
+    settings = Recipe.of(ratio=1.9, scope="checkpoint")
+    manifest = compress(str(base), tmp_path / "out", on(settings, calibration))
     assert 1.9 <= manifest.checkpoint_ratio < 1.95
     result = evaluate(str(tmp_path / "out"), (str(text_file),), seqlen=32, windows=2, dense=str(base))
     assert result.divergence[0].kl < 0.02

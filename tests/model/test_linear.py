@@ -6,23 +6,24 @@ from functools import partial
 import pytest
 import torch
 from layers import random_layer
+from lrsd.numerics.rounding import HessianFactor, GroupCodes, EntropyCodes, round_groupwise, round_ecsq
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lrsd.errors import CheckpointError
-from lrsd.forms.packed import LowRankSparseLinear
+from lrsd.forms.packed import PackedLinear
 from lrsd.model.slots import dense_linear
-from lrsd.numerics.allocate import LayerPlan, Shape
-from lrsd.numerics.quantize import Feedback, GridCodes, LatticeCodes, round_to_grid, round_to_lattice
+from lrsd.numerics.allocate import LayerPlan
+from lrsd.forms.base import Shape
 from lrsd.numerics.solver import (
     Decomposition,
-    columns_beside_codes,
+    columns_plus_codes,
     decompose,
     decompose_coded,
     decompose_thresholded,
 )
 
-Rounding = Callable[[torch.Tensor, Feedback], LatticeCodes | GridCodes]
+Rounding = Callable[[torch.Tensor, HessianFactor], EntropyCodes | GroupCodes]
 
 OUT, IN = 19, 13  # odd, so that the bit mask does not end on a byte
 PLANS = {
@@ -42,13 +43,13 @@ PLANS = {
     "no entries": LayerPlan(4, columns=5, entries=0),
 }
 CODES: dict[str, tuple[LayerPlan, Rounding]] = {
-    "entropy coded": (LayerPlan(0), partial(round_to_lattice, step=0.02)),
-    "entropy coded beside low rank": (LayerPlan(3), partial(round_to_lattice, step=0.05)),
-    "large codes": (LayerPlan(0), partial(round_to_lattice, step=1e-5)),
-    "nothing but zeros": (LayerPlan(0), partial(round_to_lattice, step=1e3)),
-    "3 bit": (LayerPlan(0), partial(round_to_grid, bits=3, group=5)),
-    "8 bit beside columns": (LayerPlan(0, columns=3), partial(round_to_grid, bits=8, group=64)),
-    "2 bit beside both": (LayerPlan(2, columns=2), partial(round_to_grid, bits=2, group=4)),
+    "entropy coded": (LayerPlan(0), partial(round_ecsq, step=0.02)),
+    "entropy coded beside low rank": (LayerPlan(3), partial(round_ecsq, step=0.05)),
+    "large codes": (LayerPlan(0), partial(round_ecsq, step=1e-5)),
+    "nothing but zeros": (LayerPlan(0), partial(round_ecsq, step=1e3)),
+    "3 bit": (LayerPlan(0), partial(round_groupwise, bits=3, group=5)),
+    "8 bit beside columns": (LayerPlan(0, columns=3), partial(round_groupwise, bits=8, group=64)),
+    "2 bit beside both": (LayerPlan(2, columns=2), partial(round_groupwise, bits=2, group=4)),
 }
 every_coding = pytest.mark.parametrize(("plan", "rounding"), CODES.values(), ids=CODES.keys())
 every_kind = pytest.mark.parametrize("plan", PLANS.values(), ids=PLANS.keys())
@@ -75,7 +76,7 @@ def test_packed_forward_equals_the_dense_product(
     found, bias_O = solved(generator, plan), bias_of(generator, with_bias)
     x = torch.randn(2, 7, IN, generator=generator, dtype=torch.float64)
     expected = x @ found.dense().T + (bias_O if bias_O is not None else 0)
-    packed = LowRankSparseLinear.pack(found, plan, bias_O, torch.float32)
+    packed = PackedLinear.pack(found, plan, bias_O, torch.float32)
     torch.testing.assert_close(packed(x.float()), expected.float(), rtol=1e-5, atol=1e-5)
 
 
@@ -86,9 +87,7 @@ def test_dense_module_computes_what_the_packed_one_does(
     generator: torch.Generator, plan: LayerPlan, with_bias: bool, transposed: bool
 ) -> None:
     bias_O = bias_of(generator, with_bias)
-    packed = LowRankSparseLinear.pack(
-        solved(generator, plan), plan, bias_O, torch.float32, transposed=transposed
-    )
+    packed = PackedLinear.pack(solved(generator, plan), plan, bias_O, torch.float32, transposed=transposed)
     dense = dense_linear(packed, torch.float32)
     x = torch.randn(6, IN, generator=generator)
     assert isinstance(dense, Conv1D if transposed else nn.Linear)
@@ -98,7 +97,7 @@ def test_dense_module_computes_what_the_packed_one_does(
 @every_kind
 def test_bfloat16_forward_is_off_by_rounding_only(generator: torch.Generator, plan: LayerPlan) -> None:
     """Each of a handful of summed terms is rounded to 8 bits, so 2^-7 of the output's scale bounds them."""
-    packed = LowRankSparseLinear.pack(solved(generator, plan), plan, None, torch.bfloat16)
+    packed = PackedLinear.pack(solved(generator, plan), plan, None, torch.bfloat16)
     x = torch.randn(50, IN, generator=generator).bfloat16()
     expected = x.float() @ packed.dense_weight().T
     assert packed(x).dtype == torch.bfloat16
@@ -113,7 +112,7 @@ def test_packing_rounds_each_value_once(
 ) -> None:
     """Kept channels and entries are the solver's own values, cast; so are the pivot rows of L."""
     found, bias_O = solved(generator, plan), bias_of(generator, True)
-    packed = LowRankSparseLinear.pack(found, plan, bias_O, dtype)
+    packed = PackedLinear.pack(found, plan, bias_O, dtype)
     expected = {
         "bias": bias_O,
         "columns": found.columns_K,
@@ -140,8 +139,8 @@ def test_packing_rounds_each_value_once(
 
 @every_kind
 def test_state_dict_alone_restores_the_layer(generator: torch.Generator, plan: LayerPlan) -> None:
-    packed = LowRankSparseLinear.pack(solved(generator, plan), plan, None, torch.bfloat16)
-    restored = LowRankSparseLinear(Shape(OUT, IN), packed.layout, torch.bfloat16)
+    packed = PackedLinear.pack(solved(generator, plan), plan, None, torch.bfloat16)
+    restored = PackedLinear(Shape(OUT, IN), packed.layout, torch.bfloat16)
     restored.load_state_dict(packed.state_dict())
     x = torch.randn(3, IN, generator=generator).bfloat16()
     assert torch.equal(restored(x), packed(x))
@@ -150,13 +149,13 @@ def test_state_dict_alone_restores_the_layer(generator: torch.Generator, plan: L
 def test_a_loader_that_does_not_know_the_layer_fails_on_its_shape(generator: torch.Generator) -> None:
     """No packed `weight` has the dense shape, whatever the plan, so it cannot be mistaken for one."""
     for plan in PLANS.values():
-        packed = LowRankSparseLinear.pack(solved(generator, plan), plan, None, torch.float32)
+        packed = PackedLinear.pack(solved(generator, plan), plan, None, torch.float32)
         assert packed.weight.shape != (OUT, IN)
 
 
 def coded(generator: torch.Generator, plan: LayerPlan, rounding: Rounding) -> Decomposition:
     layer = random_layer(generator, OUT, IN)
-    beside = columns_beside_codes(layer.W_OI, layer.gram, plan.columns)
+    beside = columns_plus_codes(layer.W_OI, layer.gram, plan.columns)
     return decompose_coded(layer.W_OI, layer.gram, rounding, *beside, rank=plan.rank, iterations=2)
 
 
@@ -165,11 +164,11 @@ def test_codes_decode_to_the_very_values_that_the_solver_saw(
     generator: torch.Generator, plan: LayerPlan, rounding: Rounding
 ) -> None:
     found = coded(generator, plan, rounding)
-    packed = LowRankSparseLinear.pack(found, plan, None, torch.bfloat16)
+    packed = PackedLinear.pack(found, plan, None, torch.bfloat16)
     assert torch.equal(packed.integer_codes().int(), found.codes.codes_OI.int())
     if not plan.rank and not plan.columns:
         assert torch.equal(packed.dense_weight(), found.codes.dense())
-    in_float = LowRankSparseLinear.pack(found, plan, None, torch.float32)
+    in_float = PackedLinear.pack(found, plan, None, torch.float32)
     torch.testing.assert_close(in_float.dense_weight(), found.dense().float(), rtol=1e-4, atol=1e-6)
 
 
@@ -180,10 +179,10 @@ def test_coded_forward_equals_the_dense_product(
 ) -> None:
     found = coded(generator, plan, rounding)
     x = torch.randn(1, tokens, IN, generator=generator)
-    packed = LowRankSparseLinear.pack(found, plan, None, torch.float32)
+    packed = PackedLinear.pack(found, plan, None, torch.float32)
     expected = x @ packed.dense_weight().T
     torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=1e-5)
-    packed = LowRankSparseLinear.pack(found, plan, None, torch.bfloat16)
+    packed = PackedLinear.pack(found, plan, None, torch.bfloat16)
     scale = float(expected.square().mean().sqrt())
     torch.testing.assert_close(packed(x.bfloat16()).float(), expected, rtol=0.02, atol=0.03 * scale + 1e-6)
 
@@ -194,10 +193,10 @@ def test_the_kernel_for_few_tokens_computes_what_the_dense_product_does(
     generator: torch.Generator, shape: tuple[int, int], tokens: int
 ) -> None:
     layer = random_layer(generator, *shape)
-    rounding = partial(round_to_lattice, step=0.02)
-    beside = columns_beside_codes(layer.W_OI, layer.gram, 0)
+    rounding = partial(round_ecsq, step=0.02)
+    beside = columns_plus_codes(layer.W_OI, layer.gram, 0)
     found = decompose_coded(layer.W_OI, layer.gram, rounding, *beside)
-    packed = LowRankSparseLinear.pack(found, LayerPlan(0), None, torch.bfloat16)
+    packed = PackedLinear.pack(found, LayerPlan(0), None, torch.bfloat16)
     x = torch.randn(2, tokens, shape[1], generator=generator).bfloat16()
     expected = x.float() @ packed.dense_weight().T
     scale = float(expected.square().mean().sqrt())
@@ -206,7 +205,7 @@ def test_the_kernel_for_few_tokens_computes_what_the_dense_product_does(
 
 def test_a_damaged_stream_is_named_not_run(generator: torch.Generator) -> None:
     plan, rounding = CODES["entropy coded"]
-    packed = LowRankSparseLinear.pack(coded(generator, plan, rounding), plan, None, torch.float32)
+    packed = PackedLinear.pack(coded(generator, plan, rounding), plan, None, torch.float32)
     packed.codes[0] = 77
     with pytest.raises(CheckpointError, match="damaged"):
         packed(torch.zeros(1, IN))

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from golden import check_golden, digest
+from recipes import on
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, pipeline
@@ -21,12 +22,13 @@ from lrsd.compress import compress
 from lrsd.data.tokens import token_blocks, tokenize
 from lrsd.errors import CheckpointError
 from lrsd.export.dense import export_dense
-from lrsd.forms.packed import LowRankSparseLinear
+from lrsd.forms.packed import PackedLinear
 from lrsd.intake.safetensors import shard_paths
 from lrsd.model.layout import find_layout
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 
 RECIPES: dict[str, dict[str, Any]] = {
     "lrsd": {"bits": "16"},
@@ -68,11 +70,11 @@ class Compressed:
 
     @property
     def packed_names(self) -> list[str]:
-        return [name for name, layer in self.manifest.layers.items() if layer.rank is not None]
+        return [name for name, layer in self.manifest.layers.items() if layer.layer is not None]
 
 
-def calibration(text_file: Path) -> CalibrationSettings:
-    return CalibrationSettings(source=str(text_file), samples=8, seqlen=32)
+def calibration(text_file: Path) -> Calibration:
+    return Calibration(calib=str(text_file), samples=8, seqlen=32)
 
 
 @pytest.fixture(scope="module")
@@ -98,17 +100,17 @@ def compressed(
     family = request.param.partition(" ")[0]
     base = bases.get(family, bases["llama"])
     output = tmp_path_factory.mktemp("compressed") / "out"
-    settings = CompressionSettings(ratio=RATIO, **RECIPES[request.param])
-    return Compressed(base, output, compress(str(base), output, settings, calibration(text_file)))
+    settings = Recipe.of(ratio=RATIO, **RECIPES[request.param])
+    return Compressed(base, output, compress(str(base), output, on(settings, calibration(text_file))))
 
 
 @pytest.fixture(scope="module")
 def one(bases: dict[str, Path], text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Compressed:
     """A single run with columns, for the tests that need no more than one."""
     output = tmp_path_factory.mktemp("compressed") / "out"
-    settings = CompressionSettings(ratio=RATIO, bits="16", structure="column", allocation="uniform")
+    settings = Recipe.of(ratio=RATIO, bits="16", structure="column", allocation="uniform")
     return Compressed(
-        bases["llama"], output, compress(str(bases["llama"]), output, settings, calibration(text_file))
+        bases["llama"], output, compress(str(bases["llama"]), output, on(settings, calibration(text_file)))
     )
 
 
@@ -155,8 +157,9 @@ def reconstruct(tensors: dict[str, Tensor], entry: dict[str, Any], shape: tuple[
         S[bits[: len(S)].bool()] = stored["entries"]
         W[:, kept] += S.view(out_features, len(kept))
     if "codes" in stored:
-        W[:, free_columns] += integers(tensors, entry, out_features, len(free_columns))
-    assert set(entry) >= {"rank"}
+        coded = next(t for t in entry["terms"] if t["form"] in ("entropy", "groupwise"))
+        W[:, free_columns] += integers(tensors, coded, out_features, len(free_columns))
+    assert {term["form"] for term in entry["terms"]} <= {"low_rank", "masked", "entropy", "groupwise"}
     return W
 
 
@@ -233,9 +236,9 @@ def test_bytes_on_disk_are_those_planned_and_within_the_budget(compressed: Compr
     assert manifest.linear_bytes <= manifest.budget_bytes
     assert manifest.linear_bytes == sum(layer.bytes for layer in manifest.layers.values())
     assert manifest.ratio == manifest.dense_linear_bytes / manifest.linear_bytes
-    asked_of = manifest.checkpoint_ratio if manifest.settings["scope"] == "checkpoint" else manifest.ratio
+    asked_of = manifest.checkpoint_ratio if manifest.recipe["scope"] == "checkpoint" else manifest.ratio
     assert asked_of >= RATIO
-    if manifest.settings["scope"] == "checkpoint":
+    if manifest.recipe["scope"] == "checkpoint":
         assert asked_of <= 1.01 * RATIO
 
 
@@ -274,8 +277,8 @@ def test_a_ratio_near_one_leaves_the_logits_nearly_alone(
 ) -> None:
     """Layers that were swapped, transposed or fitted to other inputs would not."""
     base = bases.get(name, bases["llama"])
-    settings = CompressionSettings(ratio=1.03, **RECIPES[name])
-    compress(str(base), tmp_path / "out", settings, calibration(text_file))
+    settings = Recipe.of(ratio=1.03, **RECIPES[name])
+    compress(str(base), tmp_path / "out", on(settings, calibration(text_file)))
     dense = logits(AutoModelForCausalLM.from_pretrained(base).eval(), tokens)
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval(), tokens)
     difference = float((found - dense).square().mean().sqrt() / dense.std())
@@ -284,7 +287,7 @@ def test_a_ratio_near_one_leaves_the_logits_nearly_alone(
 
 def test_every_planned_layer_is_packed_and_no_other(compressed: Compressed) -> None:
     model = compressed.load()
-    packed = {n for n, m in model.named_modules() if isinstance(m, LowRankSparseLinear)}
+    packed = {n for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     assert packed == set(compressed.packed_names)
 
 
@@ -320,7 +323,7 @@ def test_exported_weights_are_plain_and_compute_the_same(
     compressed: Compressed, tokens: Tensor, tmp_path: Path
 ) -> None:
     target = tmp_path / "dense"
-    if any(layer.bias for layer in compressed.manifest.layers.values()):
+    if any((layer.layer or {}).get("added_bias") for layer in compressed.manifest.layers.values()):
         with pytest.raises(CheckpointError, match="mean-correction"):
             export_dense(compressed.directory, target)
         assert not target.exists()
@@ -328,7 +331,7 @@ def test_exported_weights_are_plain_and_compute_the_same(
     written = export_dense(compressed.directory, target)
     model = AutoModelForCausalLM.from_pretrained(target).eval()
     assert "quantization_config" not in json.loads((target / "config.json").read_text())
-    assert not any(isinstance(m, LowRankSparseLinear) for m in model.modules())
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
     assert written == stored_bytes(target)
     assert_close_in_bfloat16(logits(model, tokens), logits(compressed.load(), tokens))
     assert AutoTokenizer.from_pretrained(target)("one text").input_ids
@@ -338,7 +341,7 @@ def test_dequantized_model_is_plain_and_computes_the_same(compressed: Compressed
     model = compressed.load(torch.float32)
     expected = logits(model, tokens)
     model.dequantize()
-    assert not any(isinstance(m, LowRankSparseLinear) for m in model.modules())
+    assert not any(isinstance(m, PackedLinear) for m in model.modules())
     torch.testing.assert_close(logits(model, tokens), expected, rtol=0, atol=1e-4 * float(expected.std()))
 
 
@@ -362,10 +365,10 @@ def test_mean_correction_leaves_no_error_in_the_mean(
     offsets = {}
     for corrected in (False, True):
         output = tmp_path / str(corrected)
-        settings = CompressionSettings(
+        settings = Recipe.of(
             ratio=RATIO, bits="16", allocation="uniform", propagate=False, mean_correction=corrected
         )
-        compress(str(bases[family]), output, settings, text)
+        compress(str(bases[family]), output, on(settings, text))
         dense, packed = (
             AutoModelForCausalLM.from_pretrained(d, dtype=torch.float32).eval()
             for d in (bases[family], output)
@@ -381,7 +384,7 @@ def mean_offsets(dense: PreTrainedModel, packed: PreTrainedModel, blocks: Tensor
     samples = Samples({"input_ids": blocks})
     layout = find_layout(dense, samples)
     replay = Replay.start(dense, layout, [samples])
-    hidden = replay.entering[0][0]
+    hidden = replay.inputs[0][0]
     offsets = []
     for index, block in enumerate(layout.blocks):
         hidden, inputs = replay.run_with_inputs(index, 0, hidden)
@@ -396,8 +399,8 @@ def mean_offsets(dense: PreTrainedModel, packed: PreTrainedModel, blocks: Tensor
 
 
 def test_a_tied_head_stays_tied(bases: dict[str, Path], text_file: Path, tmp_path: Path) -> None:
-    settings = CompressionSettings(ratio=RATIO)
-    compress(str(bases["tied"]), tmp_path / "out", settings, calibration(text_file))
+    settings = Recipe.of(ratio=RATIO)
+    compress(str(bases["tied"]), tmp_path / "out", on(settings, calibration(text_file)))
     assert "lm_head.weight" not in load_file(tmp_path / "out" / "model.safetensors")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert model.lm_head.weight is model.model.embed_tokens.weight
@@ -427,8 +430,15 @@ LINEAR = "model.layers.0.mlp.up_proj"
         ("model.layers.9.mlp.up_proj", {"rank": 2}, "is not a linear layer"),
         (LINEAR, {"rank": 65}, "does not fit"),
         (LINEAR, {"rank": 0, "columns": 65}, "does not fit"),
-        (LINEAR, {"rank": -1}, "whole numbers"),
+        (LINEAR, {"rank": -1}, "rank is -1"),
         (LINEAR, {"rank": 2, "pivoted": 1}, "true or false"),
+        (LINEAR, {"terms": [{"form": "low_rank", "rank": 65}]}, "does not fit"),
+        (LINEAR, {"terms": [{"form": "low_rank", "rank": True}]}, "whole number"),
+        (LINEAR, {"terms": [{"form": "nonesuch"}]}, "this lrsd knows"),
+        (LINEAR, {"terms": [{"form": "entropy"}]}, "stream"),
+        (LINEAR, {"terms": [{"form": "groupwise", "bits": 9, "group": 8}]}, "1 to 8"),
+        (LINEAR, {"terms": {}}, "no list"),
+        (LINEAR, {"terms": [], "rank": 3}, "has no 'rank'"),
     ],
 )
 def test_a_format_that_no_layer_of_the_model_has_is_an_error(
@@ -470,8 +480,8 @@ def test_a_sharded_checkpoint_counts_and_exports_like_a_single_file(
 
 def test_one_seed_gives_byte_identical_files(one: Compressed, text_file: Path, tmp_path: Path) -> None:
     again = tmp_path / "again"
-    settings = CompressionSettings(ratio=RATIO, bits="16", structure="column", allocation="uniform")
-    compress(str(one.base), again, settings, calibration(text_file))
+    settings = Recipe.of(ratio=RATIO, bits="16", structure="column", allocation="uniform")
+    compress(str(one.base), again, on(settings, calibration(text_file)))
     names = {path.name for path in one.directory.iterdir()}
     assert names == {path.name for path in again.iterdir()}
     for name in names - {"run.json"}:  # it holds the seconds it took
@@ -514,7 +524,7 @@ def test_replayed_blocks_give_the_models_own_logits(
         samples = Samples({"input_ids": tokens})
         layout = find_layout(model, samples)
         replay = Replay.start(model, layout, [samples])
-        hidden = replay.entering[0][0]
+        hidden = replay.inputs[0][0]
         for index in range(len(layout.blocks)):
             for every in (1, 5):
                 found = replay.answer_from(index, samples, hidden, every)
@@ -533,7 +543,7 @@ def test_answers_from_a_block_run_none_of_the_blocks_before(bases: dict[str, Pat
         replay = Replay.start(model, layout, [samples])
         for name in layout.linears:
             model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
-        replay.answer_from(1, samples, replay.entering[0][0])
+        replay.answer_from(1, samples, replay.inputs[0][0])
     assert ran == [spec.name for group in layout.blocks[1].groups for spec in group.linears]
 
 
@@ -557,7 +567,7 @@ def test_replay_sees_the_inputs_that_its_linears_get(
         handle.remove()
     with torch.inference_mode():
         replay = Replay.start(model, layout, [samples])
-        hidden = replay.entering[0][0]
+        hidden = replay.inputs[0][0]
         for index, block in enumerate(layout.blocks):
             after, inputs = replay.run_with_inputs(index, 0, hidden)
             for group in block.groups:

@@ -6,12 +6,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrsd.errors import BudgetError
-from lrsd.forms.packed import LayerFormat, LowRankSparseLinear
+from lrsd.forms.packed import Layer, PackedLinear
 from lrsd.numerics.allocate import (
     LayerCurve,
     LayerPlan,
     Plan,
-    Shape,
     Support,
     allocate_by_weight,
     allocate_energy,
@@ -19,6 +18,7 @@ from lrsd.numerics.allocate import (
     dense_bytes,
     plan_bytes,
 )
+from lrsd.forms.base import Shape
 
 RATIOS = [1.1, 1.25, 1.6, 2.0, 4.0]
 # The linears of a block of SmolLM2-135M.
@@ -177,11 +177,11 @@ def test_best_within_is_the_best_of_all_ranks_and_supports(
 
 def stored(shape: Shape, plan: LayerPlan) -> int:
     assert plan.rank is not None
-    layout = LayerFormat(
+    layout = Layer(
         rank=plan.rank, columns=plan.columns, rows=plan.rows, entries=plan.entries,
         pivoted=plan.pivoted, bias=plan.bias,
     )  # fmt: skip
-    packed = LowRankSparseLinear(shape, layout, torch.bfloat16)
+    packed = PackedLinear(shape, layout, torch.bfloat16)
     return sum(parameter.nbytes for parameter in packed.parameters())
 
 
@@ -220,7 +220,7 @@ def test_indices_are_counted_in_the_width_that_holds_them(size: int) -> None:
         (Shape(size, 2), LayerPlan(2)),
     ):
         assert stored(shape, plan) == plan.nbytes(shape)
-        layout = LayerFormat(rank=plan.rank, columns=plan.columns, rows=plan.rows)
-        for name, parameter in LowRankSparseLinear(shape, layout).named_parameters():
+        layout = Layer(rank=plan.rank, columns=plan.columns, rows=plan.rows)
+        for name, parameter in PackedLinear(shape, layout).named_parameters():
             if name in ("columns", "rows"):
                 assert torch.iinfo(parameter.dtype).max >= size - 1

@@ -6,14 +6,14 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from lrsd.numerics.rounding import DAMPING, hessian_factor, round_groupwise, round_ecsq
 from torch import Tensor
 
 from lrsd.errors import SolverError
 from lrsd.numerics.lowrank import ridged_cholesky, spectrum
-from lrsd.numerics.quantize import DAMPING, feedback, round_to_grid, round_to_lattice
 from lrsd.numerics.solver import (
     Decomposition,
-    columns_beside_codes,
+    columns_plus_codes,
     decompose,
     decompose_coded,
     decompose_thresholded,
@@ -77,7 +77,7 @@ METRICS: dict[str, Callable[[torch.Generator], Tensor]] = {
 
 
 def coded(W_OI: Tensor, gram_II: Tensor, quantise: Callable[..., object], columns: int) -> Decomposition:
-    split, carry = columns_beside_codes(W_OI, gram_II, columns)
+    split, carry = columns_plus_codes(W_OI, gram_II, columns)
     return decompose_coded(W_OI, gram_II, quantise, split, carry)
 
 
@@ -86,8 +86,8 @@ SOLVERS: dict[str, Callable[[Tensor, Tensor], Decomposition]] = {
     "columns": lambda W, G: decompose(W, G, rank=4, columns=5),
     "rows": lambda W, G: decompose(W, G, rank=4, rows=5),
     "thresholded": lambda W, G: decompose_thresholded(W, G, rank=4, columns=5, entries=40),
-    "lattice": lambda W, G: coded(W, G, lambda w, carry: round_to_lattice(w, carry, 1e-3), 0),
-    "grid": lambda W, G: coded(W, G, lambda w, carry: round_to_grid(w, carry, bits=4, group=8), 4),
+    "lattice": lambda W, G: coded(W, G, lambda w, carry: round_ecsq(w, carry, 1e-3), 0),
+    "grid": lambda W, G: coded(W, G, lambda w, carry: round_groupwise(w, carry, bits=4, group=8), 4),
 }
 
 
@@ -126,9 +126,9 @@ def test_damping_is_raised_by_its_steps_and_told(generator: torch.Generator) -> 
     assert ridged_cholesky(gram_II, 1e-4)[1] == 0.0
     assert ridged_cholesky(gram_II, 1e-10)[1] == pytest.approx(1e-6)  # two steps of a hundred
     worse_II = gram_II - 0.02 * torch.eye(IN, dtype=torch.float64)
-    assert feedback(gram_II).damping == 0.0
-    assert feedback(worse_II).damping == pytest.approx(10 * DAMPING)
-    assert coded(torch.ones(OUT, IN, dtype=torch.float64), worse_II, lambda w, carry: round_to_lattice(
+    assert hessian_factor(gram_II).damping == 0.0
+    assert hessian_factor(worse_II).damping == pytest.approx(10 * DAMPING)
+    assert coded(torch.ones(OUT, IN, dtype=torch.float64), worse_II, lambda w, carry: round_ecsq(
         w, carry, 1e-3), 0).damping == pytest.approx(10 * DAMPING)  # fmt: skip
     kept = torch.arange(IN // 2, IN)
     assert split_columns(gram_II, kept).damping == ridged_cholesky(gram_II[kept][:, kept], 1e-10)[1]
@@ -140,7 +140,7 @@ def test_what_has_no_solution_is_an_error(value: float, generator: torch.Generat
     gram_II[4, 4] = value
     W_OI = torch.randn(OUT, IN, generator=generator, dtype=torch.float64)
     for solve in (
-        lambda: ridged_cholesky(gram_II, 1e-4), lambda: feedback(gram_II), lambda: spectrum(W_OI, gram_II)
+        lambda: ridged_cholesky(gram_II, 1e-4), lambda: hessian_factor(gram_II), lambda: spectrum(W_OI, gram_II)
     ):  # fmt: skip
         with pytest.raises(SolverError):
             solve()

@@ -1,7 +1,7 @@
-"""Rounding a weight to integer codes, each column's error handed on to the columns still to come.
+"""Rounding a weight to integer codes with error feedback: each column's error moves the columns still to come.
 
-Two kinds of grid: a *lattice*, one step per column and no bound on the codes, whose bytes are what an
-entropy coder needs; and a *grid* of 2^b levels per group, whose bytes are known beforehand.
+Two kinds of codes: entropy-coded scalar quantization (ECSQ), one step per column and no bound on the codes,
+whose bytes are what an entropy coder needs; and group-wise codes of 2^b levels, whose bytes are known beforehand.
 """
 
 import math
@@ -27,8 +27,8 @@ _SHRINKS = tuple(1 - i / 20 for i in range(11))
 
 
 @dataclass(frozen=True)
-class Feedback:
-    """How the error of a column is handed on, for one metric G.
+class HessianFactor:
+    """The factor by which error feedback moves the later columns, for one metric G.
 
     order_I: columns as they are rounded, G_jj descending; upper_II: U with U^T U = (G + damping)^-1 in
     that order, float32. 1 / U_jj^2 is the variance of x_j that the columns after it cannot explain. damping:
@@ -45,7 +45,7 @@ class Feedback:
         return self.order_I.numel()
 
 
-def feedback(gram_II: Tensor, damping: float = DAMPING) -> Feedback:
+def hessian_factor(gram_II: Tensor, damping: float = DAMPING) -> HessianFactor:
     """Factor a metric; the ridge is raised tenfold while G + ridge is not positive definite.
 
     Raises: SolverError.
@@ -62,39 +62,39 @@ def feedback(gram_II: Tensor, damping: float = DAMPING) -> Feedback:
         lower_II, failed = torch.linalg.cholesky_ex((ordered_II + damping * scale * identity_II).flip(0, 1))
         if not failed:
             upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
-            return Feedback(order_I, upper_II.float(), damping if damping > first else 0.0)
+            return HessianFactor(order_I, upper_II.float(), damping if damping > first else 0.0)
         if not damping < 1e3:  # a finite positive semidefinite matrix factors long before
             raise SolverError("the moments of its inputs are not finite or not positive semidefinite")
         damping *= 10
 
 
 def round_columns(
-    W_OI: Tensor, carry: Feedback, quantise: Callable[[int, Tensor], tuple[Tensor, Tensor]]
+    W_OI: Tensor, factor: HessianFactor, quantize: Callable[[int, Tensor], tuple[Tensor, Tensor]]
 ) -> tuple[Tensor, Tensor]:
     """Round column by column; what a column loses is made up for by those after it, as far as they can.
 
-    Args: quantise(j, w_O) -> codes and values of column j, given what has been handed on to it.
+    Args: quantize(j, w_O) -> codes and values of column j, given what feedback has made of it.
     Returns: codes (O, I) int32 and values (O, I) float32.
     """
-    ordered_IO = W_OI.float().T[carry.order_I].contiguous()
+    ordered_IO = W_OI.float().T[factor.order_I].contiguous()
     codes_IO = torch.empty(ordered_IO.shape, dtype=torch.int32, device=W_OI.device)
     values_IO = torch.empty_like(ordered_IO)
-    upper_II, columns = carry.upper_II, carry.order_I.tolist()
-    for start in range(0, carry.width, _BLOCK):
-        stop = min(start + _BLOCK, carry.width)
+    upper_II, columns = factor.upper_II, factor.order_I.tolist()
+    for start in range(0, factor.width, _BLOCK):
+        stop = min(start + _BLOCK, factor.width)
         errors_BO = torch.empty_like(ordered_IO[start:stop])
         for i in range(start, stop):
-            codes_IO[i], values_IO[i] = quantise(columns[i], ordered_IO[i])
+            codes_IO[i], values_IO[i] = quantize(columns[i], ordered_IO[i])
             error_O = (ordered_IO[i] - values_IO[i]) / upper_II[i, i]
             errors_BO[i - start] = error_O
             ordered_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], error_O, alpha=-1)
         ordered_IO[stop:] -= upper_II[start:stop, stop:].T @ errors_BO
-    back_I = carry.order_I.argsort()
+    back_I = factor.order_I.argsort()
     return codes_IO[back_I].T.contiguous(), values_IO[back_I].T.contiguous()
 
 
 @dataclass(frozen=True)
-class LatticeCodes:
+class EntropyCodes:
     """W_ij ~ codes_ij 2^((exponent + offsets_j) / 8): codes (O, I) int32, offsets_I uint8."""
 
     codes_OI: Tensor
@@ -103,10 +103,10 @@ class LatticeCodes:
 
     def dense(self) -> Tensor:
         """(O, I) float32."""
-        return self.codes_OI.float() * lattice_steps(self.offsets_I, self.exponent)
+        return self.codes_OI.float() * column_steps(self.offsets_I, self.exponent)
 
 
-def lattice_steps(offsets_I: Tensor, exponent: int) -> Tensor:
+def column_steps(offsets_I: Tensor, exponent: int) -> Tensor:
     """2^((exponent + offset) / 8), float32: a table and a shift, so that all machines agree to the bit."""
     eighths = offsets_I.long() + exponent
     fractions = torch.tensor(
@@ -116,7 +116,7 @@ def lattice_steps(offsets_I: Tensor, exponent: int) -> Tensor:
     return torch.ldexp(fractions[eighths - whole * STEPS_PER_OCTAVE], whole)
 
 
-def round_to_lattice(W_OI: Tensor, carry: Feedback, step: float) -> LatticeCodes:
+def round_ecsq(W_OI: Tensor, factor: HessianFactor, step: float) -> EntropyCodes:
     """Codes of least entropy for a given output error, each column with the step its inputs ask for.
 
     Column j is rounded to multiples of about step * U_jj, so that every column adds the same error to
@@ -125,12 +125,12 @@ def round_to_lattice(W_OI: Tensor, carry: Feedback, step: float) -> LatticeCodes
     of a normally distributed weight; towards 1 bit and below this saves 0.1 bit and more.
 
     Args: step: root of the output error's quantum per column, in output units per row.
-    Source: water-filling over GPTQ's feedback: cf. Ordentlich & Polyanskiy, "Optimal quantization for
-        matrix multiplication", 2024; entropy-coded scalar quantisation: Gish & Pierce 1968.
+    Source: WaterSIC (arXiv 2603.04956), water-filling over GPTQ's feedback; cf. Ordentlich & Polyanskiy,
+        "Optimal quantization for matrix multiplication", 2024; ECSQ: Gish & Pierce 1968.
     """
     table = gaussian_table(str(W_OI.device))
-    ideal_I = torch.empty(carry.width, device=W_OI.device)
-    ideal_I[carry.order_I] = step * carry.upper_II.diagonal()
+    ideal_I = torch.empty(factor.width, device=W_OI.device)
+    ideal_I[factor.order_I] = step * factor.upper_II.diagonal()
     # Above this step a column would round to zero anyway: its codes are as cheap as they can be.
     ceiling = 4 * W_OI.abs().amax().clamp(min=torch.finfo(torch.float32).tiny).float()
     ideal_I = ideal_I.clamp(min=ceiling * 2.0 ** (-_STEP_RANGE / STEPS_PER_OCTAVE), max=ceiling)
@@ -139,15 +139,15 @@ def round_to_lattice(W_OI: Tensor, carry: Feedback, step: float) -> LatticeCodes
     eighths_I = (STEPS_PER_OCTAVE * (ideal_I * shrinks_I).log2()).round().long()
     exponent = int(eighths_I.min())
     offsets_I = (eighths_I - exponent).clamp(max=_STEP_RANGE).to(torch.uint8)
-    stored_I = lattice_steps(offsets_I, exponent)
+    stored_I = column_steps(offsets_I, exponent)
     rounding_I = stored_I / shrinks_I
 
-    def quantise(j: int, w_O: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(j: int, w_O: Tensor) -> tuple[Tensor, Tensor]:
         code_O = (w_O / rounding_I[j]).round()
         return code_O.int(), code_O * stored_I[j]
 
-    codes_OI, _ = round_columns(W_OI, carry, quantise)
-    return LatticeCodes(codes_OI, offsets_I, exponent)
+    codes_OI, _ = round_columns(W_OI, factor, quantize)
+    return EntropyCodes(codes_OI, offsets_I, exponent)
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _density(z: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class GridCodes:
+class GroupCodes:
     """W_ij ~ (codes_ij - zeros_ig) scales_ig, g = j // group; codes 0..2^bits - 1."""
 
     codes_OI: Tensor
@@ -220,27 +220,27 @@ class GridCodes:
         ]
 
 
-def round_to_grid(
-    W_OI: Tensor, carry: Feedback, bits: int, group: int, dtype: torch.dtype = torch.bfloat16
-) -> GridCodes:
+def round_groupwise(
+    W_OI: Tensor, factor: HessianFactor, bits: int, group: int, dtype: torch.dtype = torch.bfloat16
+) -> GroupCodes:
     """Codes of `bits` bits with a scale and a zero per row and group of columns: GPTQ.
 
     Scales and zeros are fixed beforehand ("static groups"), those of least squared error of the
     weights among eleven clippings of the group's range; scales in `dtype`, as stored.
     """
-    scales_OG, zeros_OG = _fit_grid(W_OI.float(), bits, group, dtype)
+    scales_OG, zeros_OG = _fit_groups(W_OI.float(), bits, group, dtype)
     top = 2**bits - 1
 
-    def quantise(j: int, w_O: Tensor) -> tuple[Tensor, Tensor]:
+    def quantize(j: int, w_O: Tensor) -> tuple[Tensor, Tensor]:
         scale_O, zero_O = scales_OG[:, j // group], zeros_OG[:, j // group]
         code_O = (w_O / scale_O + zero_O).round().clamp(0, top)
         return code_O.int(), (code_O - zero_O) * scale_O
 
-    codes_OI, _ = round_columns(W_OI, carry, quantise)
-    return GridCodes(codes_OI.to(torch.uint8), scales_OG.to(dtype), zeros_OG.to(torch.uint8), bits, group)
+    codes_OI, _ = round_columns(W_OI, factor, quantize)
+    return GroupCodes(codes_OI.to(torch.uint8), scales_OG.to(dtype), zeros_OG.to(torch.uint8), bits, group)
 
 
-def _fit_grid(W_OI: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _fit_groups(W_OI: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     top = 2**bits - 1
     scales, zeros = [], []
     for W_OB in W_OI.split(group, 1):

@@ -6,31 +6,31 @@ from functools import partial
 import pytest
 import torch
 from layers import DEGENERATE, KINDS, RandomLayer, random_layer
+from lrsd.numerics.rounding import (
+    GroupCodes,
+    EntropyCodes,
+    hessian_factor,
+    gaussian_table,
+    column_steps,
+    round_columns,
+    round_groupwise,
+    round_ecsq,
+)
 from torch import Tensor
 
 from lrsd.numerics.allocate import grid_bytes
 from lrsd.numerics.coding import entropy_encode
 from lrsd.numerics.lowrank import spectrum
 from lrsd.numerics.moments import energy
-from lrsd.numerics.quantize import (
-    GridCodes,
-    LatticeCodes,
-    feedback,
-    gaussian_table,
-    lattice_steps,
-    round_columns,
-    round_to_grid,
-    round_to_lattice,
-)
 from lrsd.numerics.rates import lattice_plans, quantiser
-from lrsd.numerics.solver import columns_beside_codes, decompose_coded, relative_error
+from lrsd.numerics.solver import columns_plus_codes, decompose_coded, relative_error
 
 every_kind = pytest.mark.parametrize("kind", [*KINDS, *DEGENERATE])
 
 
 def typical_step(layer: RandomLayer, deviations: float) -> float:
     """A step at which the middle column's weights have this deviation in steps."""
-    carry = feedback(layer.gram)
+    carry = hessian_factor(layer.gram)
     whitened_I = layer.W_OI.float().std(0)[carry.order_I] / carry.upper_II.diagonal()
     return float(whitened_I.clamp(min=1e-9).log().mean().exp()) / deviations
 
@@ -41,9 +41,9 @@ def test_rounding_any_layer_gives_finite_weights_of_bounded_error(
     generator: torch.Generator, kind: str, deviations: float
 ) -> None:
     layer = random_layer(generator, 40, 24, kind)
-    carry = feedback(layer.gram)
-    lattice = round_to_lattice(layer.W_OI, carry, typical_step(layer, deviations))
-    for codes in (lattice, round_to_grid(layer.W_OI, carry, 3, 7)):
+    carry = hessian_factor(layer.gram)
+    lattice = round_ecsq(layer.W_OI, carry, typical_step(layer, deviations))
+    for codes in (lattice, round_groupwise(layer.W_OI, carry, 3, 7)):
         assert codes.dense().isfinite().all()
         assert layer.error(codes.dense().double()) <= 1.1
 
@@ -51,9 +51,11 @@ def test_rounding_any_layer_gives_finite_weights_of_bounded_error(
 @pytest.mark.parametrize("kind", KINDS)
 def test_error_feedback_beats_rounding_each_weight_alone(generator: torch.Generator, kind: str) -> None:
     layer = random_layer(generator, 64, 48, kind)
-    codes = round_to_grid(layer.W_OI, feedback(layer.gram), 3, 16)
+    codes = round_groupwise(layer.W_OI, hessian_factor(layer.gram), 3, 16)
     fed_back = layer.error(codes.dense().double())
-    alone = layer.error(round_to_grid(layer.W_OI, feedback(torch.eye(48).double()), 3, 16).dense().double())
+    alone = layer.error(
+        round_groupwise(layer.W_OI, hessian_factor(torch.eye(48).double()), 3, 16).dense().double()
+    )
     assert fed_back < 0.8 * alone
 
 
@@ -63,8 +65,8 @@ def test_water_filled_steps_beat_one_step_for_all_columns_at_equal_entropy(
     generator: torch.Generator, kind: str, deviations: float
 ) -> None:
     layer = random_layer(generator, 96, 48, kind)
-    carry = feedback(layer.gram)
-    filled = round_to_lattice(layer.W_OI, carry, typical_step(layer, deviations))
+    carry = hessian_factor(layer.gram)
+    filled = round_ecsq(layer.W_OI, carry, typical_step(layer, deviations))
     error, size = layer.error(filled.dense().double()), entropy(filled.codes_OI)
 
     def flat(step: float) -> tuple[Tensor, Tensor]:
@@ -119,11 +121,11 @@ def test_what_a_lattice_is_said_to_cost_and_lose_is_what_it_does(
     W_OI = torch.randn(512, 128, generator=generator, dtype=torch.float64)
     # Well conditioned, so that the damping inside the feedback is no part of the error.
     gram_II = layer.gram + layer.gram.diagonal().mean() * torch.eye(128, dtype=torch.float64)
-    carry, total = feedback(gram_II), energy(W_OI, gram_II)
+    carry, total = hessian_factor(gram_II), energy(W_OI, gram_II)
     step = float((W_OI.std() / carry.upper_II.diagonal()).log().mean().exp()) / deviations
     plans = lattice_plans(W_OI, carry, None, total, [0])
     plan = min(plans, key=lambda p: abs(math.log(p.codes.step / step)))
-    codes = round_to_lattice(W_OI, carry, plan.codes.step)
+    codes = round_ecsq(W_OI, carry, plan.codes.step)
     size = entropy_encode(codes.codes_OI).numel() + 128
     assert plan.codes.nbytes == pytest.approx(size, rel=0.03)
     assert plan.error == pytest.approx(relative_error(W_OI, codes.dense().double(), gram_II), rel=0.08)
@@ -136,11 +138,11 @@ def test_codes_beside_low_rank_are_said_to_cost_what_they_do(generator: torch.Ge
     )
     W_OI = noise + left @ right
     gram_II = layer.gram + layer.gram.diagonal().mean() * torch.eye(128, dtype=torch.float64)
-    carry, total = feedback(gram_II), energy(W_OI, gram_II)
+    carry, total = hessian_factor(gram_II), energy(W_OI, gram_II)
     plans = lattice_plans(W_OI, carry, spectrum(W_OI, gram_II), total, [0, 6])
     beside = [plan for plan in plans if plan.rank == 6]
     plan = min(beside, key=lambda p: abs(p.codes.nbytes - 3 * W_OI.numel() / 8))
-    split, _ = columns_beside_codes(W_OI, gram_II, 0, carry)
+    split, _ = columns_plus_codes(W_OI, gram_II, 0, carry)
     found = decompose_coded(W_OI, gram_II, quantiser(plan.codes), split, carry, rank=6, iterations=2)
     size = entropy_encode(found.codes.codes_OI).numel() + 128
     assert plan.codes.nbytes == pytest.approx(size, rel=0.04)
@@ -151,11 +153,11 @@ def test_codes_beside_low_rank_are_said_to_cost_what_they_do(generator: torch.Ge
 
 def test_finer_steps_and_more_bits_err_less(generator: torch.Generator) -> None:
     layer = random_layer(generator, 64, 48)
-    carry = feedback(layer.gram)
+    carry = hessian_factor(layer.gram)
     steps = [typical_step(layer, 2.0**i) for i in range(-2, 6)]
-    lattices = [layer.error(round_to_lattice(layer.W_OI, carry, s).dense().double()) for s in steps]
+    lattices = [layer.error(round_ecsq(layer.W_OI, carry, s).dense().double()) for s in steps]
     grids = [
-        layer.error(round_to_grid(layer.W_OI, carry, bits, 16, torch.float32).dense().double())
+        layer.error(round_groupwise(layer.W_OI, carry, bits, 16, torch.float32).dense().double())
         for bits in (2, 3, 4, 5, 6, 8)
     ]
     assert lattices == sorted(lattices, reverse=True)
@@ -168,7 +170,7 @@ def test_steps_are_exact_powers() -> None:
     offsets = torch.arange(256, dtype=torch.uint8)
     for exponent in (-800, -131, 0, 77):
         expected = [2.0 ** ((exponent + i) / 8) for i in range(256)]
-        found = lattice_steps(offsets, exponent)
+        found = column_steps(offsets, exponent)
         torch.testing.assert_close(found.double(), torch.tensor(expected).double(), rtol=1e-7, atol=0)
         whole = found[(-exponent) % 8 :: 8].double().log2()
         assert torch.equal(whole, whole.round())
@@ -179,7 +181,7 @@ def test_an_input_that_dwarfs_all_others_gets_finer_codes_not_a_lost_layer(
 ) -> None:
     layer = random_layer(generator, 64, 48)
     layer.x_TI[:, 5] *= 1e4
-    codes = round_to_lattice(layer.W_OI, feedback(layer.gram), typical_step(layer, 3))
+    codes = round_ecsq(layer.W_OI, hessian_factor(layer.gram), typical_step(layer, 3))
     assert codes.offsets_I[5] == codes.offsets_I.min()
     assert layer.error(codes.dense().double()) < 1e-3
 
@@ -190,11 +192,9 @@ def test_low_rank_and_kept_columns_beside_codes_only_help(
     generator: torch.Generator, rank: int, columns: int
 ) -> None:
     layer = random_layer(generator, 48, 40, "heavy")
-    rounding = partial(round_to_grid, bits=2, group=8)
-    plain = decompose_coded(
-        layer.W_OI, layer.gram, rounding, *columns_beside_codes(layer.W_OI, layer.gram, 0)
-    )
-    beside = columns_beside_codes(layer.W_OI, layer.gram, columns)
+    rounding = partial(round_groupwise, bits=2, group=8)
+    plain = decompose_coded(layer.W_OI, layer.gram, rounding, *columns_plus_codes(layer.W_OI, layer.gram, 0))
+    beside = columns_plus_codes(layer.W_OI, layer.gram, columns)
     found = decompose_coded(layer.W_OI, layer.gram, rounding, *beside, rank=rank, iterations=4)
     assert found.error == pytest.approx(layer.error(found.dense()), rel=1e-6)
     assert found.error == min(found.history)
@@ -210,9 +210,9 @@ def test_the_low_rank_part_is_the_optimum_for_the_codes_it_stands_beside(
 ) -> None:
     """No step of alternating least squares on U or V improves it."""
     layer = random_layer(generator, 32, 24)
-    beside = columns_beside_codes(layer.W_OI, layer.gram, 0)
+    beside = columns_plus_codes(layer.W_OI, layer.gram, 0)
     found = decompose_coded(
-        layer.W_OI, layer.gram, partial(round_to_grid, bits=2, group=8), *beside, rank=4, iterations=3
+        layer.W_OI, layer.gram, partial(round_groupwise, bits=2, group=8), *beside, rank=4, iterations=3
     )
     rest_OI = layer.W_OI - found.codes.dense().double()
     V = found.V_RC
@@ -223,11 +223,11 @@ def test_the_low_rank_part_is_the_optimum_for_the_codes_it_stands_beside(
 
 def test_a_plan_names_its_rounding(generator: torch.Generator) -> None:
     layer = random_layer(generator, 16, 12)
-    carry = feedback(layer.gram)
+    carry = hessian_factor(layer.gram)
     plan = lattice_plans(layer.W_OI, carry, None, 1.0, [0])[-1]
-    assert isinstance(quantiser(plan.codes)(layer.W_OI, carry), LatticeCodes)
+    assert isinstance(quantiser(plan.codes)(layer.W_OI, carry), EntropyCodes)
     fixed = quantiser(type(plan.codes)(0, bits=3, group=5))(layer.W_OI, carry)
-    assert isinstance(fixed, GridCodes)
+    assert isinstance(fixed, GroupCodes)
     assert int(fixed.codes_OI.max()) <= 7
     stored = fixed.scales_OG.numel() * 2 + -(-fixed.zeros_OG.numel() * 3 // 8) + -(-16 * 12 * 3 // 8)
     assert grid_bytes(16, 12, 3, 5) == stored

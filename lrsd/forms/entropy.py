@@ -1,0 +1,75 @@
+"""Entropy-coded scalar quantization (ECSQ): integers of any size, one step per column."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors
+from lrsd.forms.kernels import integer_product, narrowest
+from lrsd.numerics.coding import entropy_decode, entropy_encode
+from lrsd.numerics.rounding import EntropyCodes, column_steps
+
+# Eighths of an octave: float32 ends at 2^127.
+_LARGEST_EXPONENT = 8 * 127
+
+
+@dataclass(frozen=True, slots=True)
+class Entropy(Form):
+    """Q_ij 2^((exponent + steps_j) / 8), Q entropy coded into `stream` bytes.
+
+    | tensor | size            | what                                                              |
+    |--------|-----------------|-------------------------------------------------------------------|
+    | codes  | (stream,) uint8 | Q column by column, columns of finer steps first, ties in order   |
+    | steps  | (I,) uint8      | the columns' steps in eighths of an octave over the exponent      |
+    """
+
+    stream: int
+    exponent: int = 0
+    name: ClassVar[str] = "entropy"
+    decodes: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if isinstance(self.stream, int) and self.stream < 0:
+            raise ValueError(f"a stream of {self.stream} bytes")
+        if abs(self.exponent) > _LARGEST_EXPONENT:
+            raise ValueError(f"no usable exponent: {self.exponent}")
+
+    @staticmethod
+    def of(codes: EntropyCodes) -> tuple["Entropy", dict[str, Tensor]]:
+        columns_first = codes.codes_OI.T[codes.offsets_I.argsort(stable=True)]
+        stream = entropy_encode(columns_first)
+        return Entropy(stream.numel(), codes.exponent), {"codes": stream, "steps": codes.offsets_I}
+
+    @staticmethod
+    def read(codes: EntropyCodes) -> Tensors:
+        """What `load` gives for these codes, which need not be decoded then."""
+        return {"codes": codes.codes_OI, "steps": column_steps(codes.offsets_I, codes.exponent)}
+
+    def tensors(self, shape: Shape) -> Specs:
+        return {
+            "codes": Spec((self.stream,), torch.uint8),
+            "steps": Spec((shape.in_features,), torch.uint8),
+        }
+
+    def load(self, tensors: Tensors, shape: Shape) -> Tensors:
+        """Q (O, I) as int8 where it fits, and the steps (I,) in float32."""
+        steps_I = tensors["steps"]
+        sorted_IO = entropy_decode(tensors["codes"], shape.out_features * shape.in_features)
+        sorted_IO = sorted_IO.view(shape.in_features, shape.out_features)
+        codes_OI = sorted_IO[steps_I.argsort(stable=True).argsort()].T
+        return {"codes": narrowest(codes_OI).contiguous(), "steps": column_steps(steps_I, self.exponent)}
+
+    def forward(self, loaded: Tensors, x: Tensor, shape: Shape) -> Tensor:
+        # Steps go onto x: codes are small integers, exact in 16 bit.
+        return integer_product(x * loaded["steps"].to(x.dtype), loaded["codes"])
+
+    def dense(self, loaded: Tensors, shape: Shape) -> Tensor:
+        return loaded["codes"].float() * loaded["steps"]
+
+    def macs(self, shape: Shape) -> int:
+        return shape.out_features * shape.in_features
+
+    def describe(self) -> str:
+        return "entropy codes"

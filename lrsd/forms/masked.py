@@ -1,0 +1,77 @@
+"""Single entries of a matrix at 16 bit, told by a bitmask."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors, check_indices, index_type
+from lrsd.numerics.coding import pack_bits, unpack_bits
+
+
+@dataclass(frozen=True, slots=True)
+class Masked(Form):
+    """`entries` values within `columns` columns; with all columns: unstructured sparse.
+
+    | tensor  | size             | what                                        |
+    |---------|------------------|---------------------------------------------|
+    | mask    | (ceil(O K / 8),) | bits, row by row, the first one lowest      |
+    | entries | (entries,)       | the values whose bit is set, row by row     |
+    | columns | (K,) int         | which columns, ascending; none if all       |
+    """
+
+    columns: int
+    entries: int
+    name: ClassVar[str] = "masked"
+
+    def __post_init__(self) -> None:
+        if self.columns < 0 or self.entries < 0:
+            raise ValueError(f"{self.entries} entries of {self.columns} columns")
+
+    @staticmethod
+    def of(
+        values_OK: Tensor, mask_OK: Tensor, columns_K: Tensor, width: int
+    ) -> tuple["Masked", dict[str, Tensor]]:
+        """The values where the mask is set, of the columns `columns_K` of `width`."""
+        tensors = {"mask": pack_bits(mask_OK), "entries": values_OK[mask_OK]}
+        form = Masked(columns_K.numel(), tensors["entries"].numel())
+        return form, tensors | ({"columns": columns_K} if 0 < form.columns < width else {})
+
+    def tensors(self, shape: Shape) -> Specs:
+        specs = {
+            "mask": Spec((-(-shape.out_features * self.columns // 8),), torch.uint8),
+            "entries": Spec((self.entries,)),
+        }
+        if 0 < self.columns < shape.in_features:
+            specs["columns"] = Spec((self.columns,), index_type(shape.in_features))
+        return specs
+
+    def check(self, tensors: Tensors, shape: Shape) -> None:
+        if "columns" in tensors:
+            check_indices("columns", tensors["columns"], shape.in_features)
+        count = int(unpack_bits(tensors["mask"], shape.out_features * self.columns).sum())
+        if count != self.entries:
+            raise ValueError(f"mask has {count} bits set, for {self.entries} entries")
+
+    def forward(self, loaded: Tensors, x: Tensor, shape: Shape) -> Tensor:
+        kept = x[..., loaded["columns"].long()] if "columns" in loaded else x
+        return linear(kept, self._values(loaded, shape))
+
+    def dense(self, loaded: Tensors, shape: Shape) -> Tensor:
+        values_OK = self._values(loaded, shape).float()
+        if "columns" not in loaded:
+            return values_OK
+        S_OI = values_OK.new_zeros(shape.out_features, shape.in_features)
+        S_OI[:, loaded["columns"].long()] = values_OK
+        return S_OI
+
+    def describe(self) -> str:
+        return f"{self.entries:,} entries"
+
+    def _values(self, loaded: Tensors, shape: Shape) -> Tensor:
+        mask_OK = unpack_bits(loaded["mask"], shape.out_features * self.columns)
+        values_OK = loaded["entries"].new_zeros(mask_OK.shape)
+        values_OK[mask_OK] = loaded["entries"]
+        return values_OK.view(shape.out_features, self.columns)

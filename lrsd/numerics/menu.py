@@ -1,0 +1,109 @@
+"""What a layer offers: bytes and errors as arrays, and what its method needs to make good on an offer."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+Numbers = Tensor | np.ndarray | Sequence[float]
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One offer of a layer. nbytes: stored, or predicted where only an entropy coder will tell; error: the
+    relative output error predicted.
+
+    parameters: what the method made the offer of; None: the weight stays dense. kept: the channels it was
+    measured with, ascending, where it keeps any.
+    """
+
+    nbytes: int
+    error: float = 0.0
+    parameters: dict[str, float] | None = None
+    kept: Tensor | None = None
+
+    @property
+    def is_dense(self) -> bool:
+        return self.parameters is None
+
+    def number(self, name: str, default: float = 0) -> float:
+        return (self.parameters or {}).get(name, default)
+
+    def count(self, name: str) -> int:
+        """A parameter that is a whole number; 0 where the method has none of that name."""
+        return int(self.number(name))
+
+
+@dataclass(frozen=True)
+class Menu:
+    """The offers of one layer that no other beats: bytes rising, error falling, the dense weight last.
+
+    nbytes_N int64, errors_N float64; parameters: of all offers but the dense one, (N - 1,) float64 each;
+    sets: kept channels, which the parameter "set" numbers from 1.
+    """
+
+    nbytes_N: Tensor
+    errors_N: Tensor
+    parameters: dict[str, Tensor] = field(default_factory=dict)
+    sets: tuple[Tensor, ...] = ()
+
+    @staticmethod
+    def of(
+        dense_bytes: int,
+        nbytes: Numbers = (),
+        errors: Numbers = (),
+        parameters: Mapping[str, Numbers] | None = None,
+        sets: Sequence[Tensor] = (),
+    ) -> "Menu":
+        """Drop what is dominated, or takes no less than the dense weight; add that one."""
+        sizes, lost = np.asarray(nbytes, dtype=np.int64), np.asarray(errors, dtype=np.float64)
+        order = np.lexsort((lost, sizes))
+        order = order[sizes[order] < dense_bytes]
+        best = np.minimum.accumulate(np.append(np.inf, lost[order]))
+        order = order[(lost[order] < best[:-1]) & (lost[order] > 0)] if len(order) else order
+        columns = {
+            name: torch.from_numpy(np.asarray(values, dtype=np.float64)[order].copy())
+            for name, values in (parameters or {}).items()
+        }
+        return Menu(
+            torch.from_numpy(np.append(sizes[order], dense_bytes)),
+            torch.from_numpy(np.append(lost[order], 0.0)),
+            columns,
+            tuple(sets),
+        )
+
+    def __len__(self) -> int:
+        return len(self.nbytes_N)
+
+    @property
+    def dense_bytes(self) -> int:
+        return int(self.nbytes_N[-1])
+
+    def choice(self, index: int) -> Choice:
+        size, error = int(self.nbytes_N[index]), float(self.errors_N[index])
+        if index in (-1, len(self) - 1):
+            return Choice(size)
+        parameters = {name: float(values[index]) for name, values in self.parameters.items()}
+        number = int(parameters.pop("set", 0))
+        return Choice(size, error, parameters, self.sets[number - 1] if number else None)
+
+    def within(self, nbytes: float) -> int | None:
+        """The offer of least error in at most so many bytes; None if there is none."""
+        index = int(np.searchsorted(self.nbytes_N.numpy(), nbytes, side="right")) - 1
+        return index if index >= 0 else None
+
+    def hull(self) -> list[int]:
+        """The lower convex hull of (bytes, error), by index."""
+        sizes, lost = self.nbytes_N.tolist(), self.errors_N.tolist()
+        kept: list[int] = []
+        for i in range(len(sizes)):
+            while len(kept) >= 2:
+                a, b = kept[-2], kept[-1]
+                if (lost[b] - lost[a]) * (sizes[i] - sizes[a]) < (lost[i] - lost[a]) * (sizes[b] - sizes[a]):
+                    break
+                kept.pop()
+            kept.append(i)
+        return kept

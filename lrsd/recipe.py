@@ -1,0 +1,72 @@
+"""A recipe: all settings of a compression, flat under the names of the command line's options."""
+
+import difflib
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from lrsd.errors import SettingsError
+from lrsd.methods import METHODS
+from lrsd.methods.base import Method
+from lrsd.methods.lrsd import Lrsd
+from lrsd.settings import Budget, Calibration, Run, Selection
+
+GROUPS: dict[str, type] = {"budget": Budget, "selection": Selection, "calibration": Calibration, "run": Run}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """What is fitted, on what, within which bytes."""
+
+    budget: Budget
+    method: Method = field(default_factory=Lrsd)
+    selection: Selection = field(default_factory=Selection)
+    calibration: Calibration = field(default_factory=Calibration)
+    run: Run = field(default_factory=Run)
+
+    @staticmethod
+    def of(*, method: str = "lrsd", **options: Any) -> "Recipe":
+        """From options by name; texts are parsed as the command line does.
+
+        Raises: SettingsError for a name that the method does not have, or an impossible value.
+        """
+        if method not in METHODS:
+            raise SettingsError(f"method must be one of {', '.join(METHODS)}, got {method!r:.40}")
+        kinds = {**GROUPS, "method": METHODS[method]}
+        owners = {f.name: name for name, kind in kinds.items() for f in fields(kind)}
+        given: dict[str, dict[str, Any]] = {name: {} for name in kinds}
+        for option, value in options.items():
+            if option not in owners:
+                raise SettingsError(_unknown(option, method, list(owners)))
+            given[owners[option]][option] = _parsed(kinds[owners[option]], option, value)
+        return Recipe(**{name: kind(**given[name]) for name, kind in kinds.items()})
+
+    @property
+    def method_name(self) -> str:
+        return next(name for name, kind in METHODS.items() if type(self.method) is kind)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Every option by its name, as `--recipe` reads them back."""
+        options: dict[str, Any] = {"method": self.method_name}
+        for part in (self.budget, self.method, self.selection, self.calibration, self.run):
+            options |= {f.name: getattr(part, f.name) for f in fields(part)}
+        options["ratio"] = f"{self.budget.ratio!r}x"
+        return {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
+
+
+def _parsed(kind: type, option: str, value: Any) -> Any:
+    found = next(f for f in fields(kind) if f.name == option)
+    parse = found.metadata["parse"]
+    if parse is not None and isinstance(value, str):
+        return parse(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _unknown(option: str, method: str, known: list[str]) -> str:
+    """Why an option is none, and which one may have been meant."""
+    having = [name for name, kind in METHODS.items() if option in {f.name for f in fields(kind)}]
+    dashed = option.replace("_", "-")
+    if having:
+        return f"method {method} has no {dashed}; leave it out, or use --method {' or '.join(having)}"
+    close = difflib.get_close_matches(option, known, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return f"unknown setting {option!r:.60}; {hint}available: {', '.join(sorted(known))}"

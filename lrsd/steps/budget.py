@@ -1,0 +1,61 @@
+"""The byte ledger: the sum of all layers lands on the budget although an entropy coder decides what each takes."""
+
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+from lrsd.forms.base import VALUE_BYTES, Shape
+from lrsd.numerics.menu import Choice
+
+
+class _Adjusts(Protocol):
+    def adjusted(self, choice: Choice, bits: float) -> Choice | None: ...
+
+
+class ByteLedger:
+    """What is left for the layers still to come, block by block.
+
+    What a block took more or less than planned is shared by the adjustable layers of all blocks after it, through
+    a like change of their bits per weight; the last adjustable layer of all is fitted to what is left. Within a
+    block no layer's plan depends on what another one took. Linear in the number of layers.
+    """
+
+    # How far below what is left the last layer may stay, as a fraction of the whole budget.
+    SLACK = 2e-4
+
+    def __init__(
+        self,
+        blocks: Sequence[Sequence[str]],
+        plan: Mapping[str, Choice],
+        shapes: Mapping[str, Shape],
+        method: _Adjusts,
+        budget: int,
+    ) -> None:
+        """blocks: names of the layers in the order in which they are fitted."""
+        self._blocks, self._plan, self._shapes, self._method = blocks, plan, shapes, method
+        self.slack = int(self.SLACK * budget)
+        adjustable = [n for names in blocks for n in names if method.adjusted(plan[n], 0.0) is not None]
+        self._adjustable, self._last = set(adjustable), adjustable[-1] if adjustable else None
+        self._weights = sum(self._count(name) for name in adjustable)
+        self._planned = sum(choice.nbytes for choice in plan.values())
+        self._left, self._bits = budget, 0.0
+
+    def open(self, index: int) -> None:
+        """A block begins: its layers take their part of what those before it left over or overdrew."""
+        self._bits = 8 * (self._left - self._planned) / self._weights if self._weights else 0.0
+        self._weights -= sum(self._count(name) for name in self._blocks[index] if name in self._adjustable)
+
+    def choice(self, name: str) -> Choice:
+        """The plan of a layer of this block, adjusted."""
+        choice = self._plan[name]
+        return self._method.adjusted(choice, self._bits) or choice
+
+    def limit(self, name: str) -> int | None:
+        """What is left for this layer if it is the last adjustable one, else None."""
+        return self._left - (self._planned - self._plan[name].nbytes) if name == self._last else None
+
+    def charge(self, name: str, nbytes: int) -> None:
+        self._planned -= self._plan[name].nbytes
+        self._left -= nbytes
+
+    def _count(self, name: str) -> int:
+        return self._shapes[name].dense_bytes // VALUE_BYTES

@@ -1,0 +1,137 @@
+"""Everything before the first layer is changed: calibration samples, estimates, the calibration pass, the plan."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from lrsd.data.tokens import calibration_samples
+from lrsd.model.replay import Replay
+from lrsd.model.samples import Samples
+from lrsd.progress import Progress
+from lrsd.recipe import Recipe
+from lrsd.steps.estimate import (
+    ResourceEstimate,
+    TimeEstimate,
+    check_resources,
+    estimate_resources,
+    estimate_time,
+)
+from lrsd.steps.observe import Observation, observe_model
+from lrsd.steps.plan import PLAN_STEP, Plan, choose_plan, may_propagate, needs_sensitivity
+from lrsd.steps.source import SourceModel
+from lrsd.work.journal import Journal
+
+# The journal's first step.
+TEXT_STEP = "text"
+
+
+@dataclass
+class Clock:
+    """Seconds per phase."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
+
+    def with_steps(self, journal: Journal) -> dict[str, float]:
+        """With those of the journal's steps: of the processes before this one too, as far as they are kept."""
+        steps = {"calibration text": TEXT_STEP, "observe": "observe-", "allocate": PLAN_STEP, "fit": "fit-"}
+        return self.seconds | {phase: journal.seconds(prefix) for phase, prefix in steps.items()}
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything known before the first layer is changed; what `--dry-run` shows. ratio: of the linear weights."""
+
+    source: SourceModel
+    replay: Replay
+    observation: Observation
+    plan: Plan
+    resources: ResourceEstimate
+    time: TimeEstimate
+    seconds: dict[str, float]
+
+    @property
+    def remaining_seconds(self) -> float:
+        """A rough guess at the fit, from the calibration pass."""
+        return self.time.remaining(self.seconds["observe"], propagate=self.plan.propagate)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "budget_bytes": self.source.budget,
+            "planned_bytes": self.plan.nbytes,
+            "dense_linear_bytes": self.source.linear_bytes,
+            "allocation": self.plan.compared,
+            "allocation_chosen": self.plan.name,
+            "expected_kl": self.plan.expected_kl,
+            "propagate": self.plan.propagate,
+            "seconds": self.seconds,
+            "remaining_seconds": self.remaining_seconds,
+            "predicted_memory_bytes": self.resources.memory,
+            "predicted_disk_bytes": self.resources.disk,
+            "layers": {
+                name: {"bytes": choice.nbytes, "error": choice.error, "parameters": choice.parameters}
+                for name, choice in self.plan.choices.items()
+            },
+        }
+
+
+def prepare(
+    source: SourceModel, recipe: Recipe, progress: Progress, clock: Clock, journal: Journal
+) -> Prepared:
+    """Read calibration text, observe, allocate, where the journal does not have it."""
+    journal.begin(source.loaded.model.device)
+    if TEXT_STEP not in journal:
+        text = calibration_samples(source.loaded, source.fingerprint, recipe.calibration, progress)
+        journal.finish(TEXT_STEP, text)
+    samples = journal.read(TEXT_STEP, Samples)
+    replay, resources, seconds = start_replay(source, samples, recipe, progress, journal)
+    progress.stage("observe", len(source.layout.blocks))
+    observation = observe_model(
+        replay, samples, recipe.method, source.linear_ratio, probing=needs_sensitivity(recipe),
+        progress=progress.step, workspace=journal,
+    )  # fmt: skip
+    plan = choose_plan(
+        replay, observation, samples, source.budget, source.linear_ratio, recipe, progress, journal
+    )
+    spent = clock.with_steps(journal)
+    return Prepared(source, replay, observation, plan, resources, seconds, spent)
+
+
+def start_replay(
+    source: SourceModel, samples: Samples, recipe: Recipe, progress: Progress, journal: Journal
+) -> tuple[Replay, ResourceEstimate, TimeEstimate]:
+    """The model ready to be run block by block, and what the rest will take; says so.
+
+    Raises: InputError if that is not there.
+    """
+    loaded, layout, residence = source.loaded, source.layout, source.residence
+    needs = estimate_resources(loaded.model, layout, samples, recipe, residence, source.budget)
+    check_resources(needs, journal.directory, source.memory_limit)
+    batches = list(samples.split(recipe.calibration.batch))
+    start = time.perf_counter()
+    replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.give_back)
+    per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
+    seconds = estimate_time(layout, per_batch, len(batches), rounds=recipe.method.rounds)
+    left = 1 - journal.finished_blocks / (2 * len(layout.blocks))
+    minutes = left * seconds.total(propagate=may_propagate(recipe) and not recipe.method.rounds) / 60
+    if loaded.ignored:
+        progress.note(
+            f"{len(loaded.ignored)} tensors are no part of the model, {loaded.ignored[0]} among them"
+        )
+    progress.note(
+        f"needs about {needs.memory / 1e9:.2f} GB of memory, {needs.disk / 1e9:.2f} GB of disk, "
+        f"{math.ceil(minutes)} min"
+        + "; weights are paged, read from their files when used"
+        * residence.in_turns
+    )
+    return replay, needs, seconds

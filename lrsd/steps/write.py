@@ -1,0 +1,140 @@
+"""The checkpoint directory: packed weights, tokenizer, manifest, model card."""
+
+import json
+import platform
+import shutil
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from lrsd.checkpoint.card import model_card
+from lrsd.checkpoint.manifest import CARD_NAME, RECIPE_NAME, LayerRecord, Manifest, write_manifest
+from lrsd.checkpoint.reader import stored_bytes
+from lrsd.checkpoint.verify import digests
+from lrsd.checkpoint.writer import write_model
+from lrsd.forms.base import Shape
+from lrsd.forms.layer import parse_layer
+from lrsd.model.embedding import embedding_names, pack_embeddings
+from lrsd.model.load import copy_processor, resolve_device
+from lrsd.recipe import Recipe
+from lrsd.runtimes.transformers import mark_packed
+from lrsd.steps.estimate import ResourceEstimate
+from lrsd.steps.fit import Fitted
+from lrsd.steps.observe import Observation
+from lrsd.steps.plan import Plan
+from lrsd.steps.source import SourceModel
+from lrsd.work.files import refusals, sync, write_json
+from lrsd.work.process import peak_rss
+
+
+@dataclass(frozen=True)
+class Compressed:
+    """What a compression came to."""
+
+    source: SourceModel
+    recipe: Recipe
+    observation: Observation
+    plan: Plan
+    fitted: dict[str, Fitted]
+    estimate: ResourceEstimate
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        return {name: spec.shape for name, spec in self.source.layout.linears.items()}
+
+
+def write_checkpoint(done: Compressed, directory: Path, seconds: dict[str, float]) -> Manifest:
+    """Write the directory `directory` anew and have all of it on disk. seconds: by phase, so far.
+
+    Raises: StorageError.
+    """
+    loaded, recipe, shapes = done.source.loaded, done.recipe, done.shapes
+    embeddings = embedding_names(loaded.model) if recipe.budget.scope == "checkpoint" else ()
+    pack_embeddings(loaded.model, embeddings)
+    entries = {name: layer.entry for name, layer in done.fitted.items() if layer.entry is not None}
+    mark_packed(loaded.model, entries, embeddings)
+    with refusals(directory):
+        if directory.exists():  # of a run that was stopped while it wrote
+            shutil.rmtree(directory)
+        directory.mkdir()
+        write_model(loaded.model, directory, recipe.run.shard_size)
+        if loaded.tokenizer is not None:
+            loaded.tokenizer.save_pretrained(directory)
+        copy_processor(loaded.source, directory)
+        write_json(directory / RECIPE_NAME, recipe.to_dict())
+        files = digests(directory)
+    added = sum(layer.choice.nbytes for layer in done.fitted.values())
+    total = sum(shape.dense_bytes for shape in shapes.values())
+    manifest = Manifest(
+        base_model=Path(loaded.source).name,
+        base_fingerprint=done.source.fingerprint,
+        base_stored_as=loaded.stored_as,
+        lrsd_version=version("lrsd"),
+        environment=environment(recipe),
+        text=done.source.text,
+        recipe=json.loads(json.dumps(recipe.to_dict())),
+        ratio=total / added,
+        checkpoint_ratio=done.source.checkpoint_bytes / stored_bytes(directory),
+        linear_bytes=added,
+        dense_linear_bytes=total,
+        budget_bytes=done.source.budget,
+        bits_per_weight=16 * added / total,
+        macs_per_token=sum(_macs(layer, shapes[name]) for name, layer in done.fitted.items()),
+        dense_macs_per_token=total // 2,
+        allocation=done.plan.compared,
+        allocation_chosen=done.plan.name,
+        expected_kl=done.plan.expected_kl,
+        propagated=done.plan.propagate,
+        layers={name: _record(done, name, layer) for name, layer in done.fitted.items()},
+        files=files,
+        model_class=type(loaded.model).__name__,
+        untouched=done.source.layout.untouched,
+        seconds={phase: round(spent, 2) for phase, spent in seconds.items()},
+        memory={"predicted": done.estimate.memory, "peak": peak_rss()},
+    )
+    write_manifest(directory, manifest)
+    with refusals(directory):
+        (directory / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
+        for path in (*directory.rglob("*"), directory):
+            sync(path)
+    return manifest
+
+
+def _record(done: Compressed, name: str, layer: Fitted) -> LayerRecord:
+    shape, choice = done.shapes[name], layer.choice
+    return LayerRecord(
+        out_features=shape.out_features,
+        in_features=shape.in_features,
+        layer=layer.entry,
+        parameters=choice.parameters or {},
+        bytes=choice.nbytes,
+        dense_bytes=shape.dense_bytes,
+        error=layer.error,
+        predicted_error=choice.error,
+        sensitivity=done.observation.sensitivity[name],
+        interpolation=layer.interpolation,
+        state=layer.status.state.value,
+        reason=layer.status.reason,
+        damping=layer.status.damping,
+        history=layer.history,
+        routed_tokens=done.observation.routed.get(name),
+    )
+
+
+def _macs(layer: Fitted, shape: Shape) -> int:
+    """Multiply-adds per token: one for every stored value, or every weight of integers."""
+    return shape.dense_bytes // 2 if layer.entry is None else parse_layer("", layer.entry).macs(shape)
+
+
+def environment(recipe: Recipe) -> dict[str, str]:
+    """What a result may depend on besides its recipe: the same in all of this is the same to the byte."""
+    packages = ("lrsd", "torch", "transformers", "safetensors", "tokenizers")
+    return {
+        "python": platform.python_version(),
+        **{name: version(name) for name in packages},
+        "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
+        "device": str(resolve_device(recipe.run.device)),
+        "threads": str(torch.get_num_threads()),
+    }
