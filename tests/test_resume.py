@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from lrsd.compress import compress
 from lrsd.errors import InputError, LrsdError, StorageError
 from lrsd.settings import CalibrationSettings, CompressionSettings
-from lrsd.work import files, journal
+from lrsd.work import files, journal, streams
 from lrsd.work.journal import JOURNAL, Journal, partial_directory
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -98,7 +98,7 @@ class Faults:
     def __init__(self, patch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
         self.left = 0
         self._fault = fault
-        for module in (files, journal):
+        for module in (files, streams):
             patch.setattr(module, "save_file", self._before(files.save_file))
         patch.setattr("transformers.modeling_utils.safe_save_file", self._before(save_file))
         patch.setattr(Path, "write_text", self._before(Path.write_text))
@@ -200,8 +200,7 @@ def test_the_command_says_how_to_go_on(
 ) -> None:
     program = f"""
 import os, signal, sys
-from lrsd.storage.journal import Workspace
-from lrsd.storage import journal
+from lrsd.work import journal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 finish = journal.Journal.finish
 def stop(self, step, *arguments, **named):
