@@ -7,7 +7,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -49,7 +49,7 @@ from lrsd.steps.plan import PLAN_STEP, Choice, choose_plan
 from lrsd.steps.source import Subject, checkpoint_bytes, load_subject
 from lrsd.work.files import refusals, sync, write_json
 from lrsd.work.journal import Journal, difference, partial_directory
-from lrsd.work.process import peak_rss
+from lrsd.work.process import Process, peak_rss
 
 # Steps of the journal besides those of the blocks; where the checkpoint is written to.
 TEXT_STEP, WRITTEN = "text", "written"
@@ -83,6 +83,7 @@ def compress(
     *,
     resume: bool = False,
     memory: int | None = None,
+    process: Process | None = None,
 ) -> Manifest:
     """Compress the model at `source` into the new directory `output`.
 
@@ -91,18 +92,20 @@ def compress(
     beside `output` meanwhile.
 
     Args: resume: go on with what an earlier run of the same command has finished, if there is anything;
-        the result is the same, byte by byte; memory: bytes of it allowed, all of the machine's by default.
+        the result is the same, byte by byte; memory: bytes of it allowed, all of the machine's by default;
+        process: what may be changed of it, nothing by default.
     Raises: LrsdError; nothing is left at `output` then.
     """
     progress, clock = progress or Progress(), Clock()
     require_place(output)
-    with work_towards(output, resume) as journal, torch.inference_mode():
+    with work_towards(output, resume) as journal, torch.inference_mode(), ExitStack() as undone:
         journal.claim(recipe=recipe(settings, calibration), environment=environment(settings))
         finished = resume and not journal.begun and (output / MANIFEST_NAME).is_file()
         if not finished and WRITTEN not in journal:
             require_free(output)
         with clock("load"):
-            subject = load_subject(source, settings, calibration, memory)
+            subject = load_subject(source, settings, calibration, memory, process)
+            undone.callback(subject.residence.close)
         if finished:
             return require_same(output, subject, settings, calibration)
         journal.claim(model=subject.fingerprint, text=subject.text)
@@ -234,16 +237,19 @@ def dry_run(
     progress: Progress | None = None,
     *,
     memory: int | None = None,
+    process: Process | None = None,
 ) -> Prepared:
     """Survey and allocate only; nothing is left on disk."""
     with (
         tempfile.TemporaryDirectory(prefix="lrsd-") as scratch,
         closing(Journal(Path(scratch))) as journal,
         torch.inference_mode(),
+        ExitStack() as undone,
     ):
         clock = Clock()
         with clock("load"):
-            subject = load_subject(source, settings, calibration, memory)
+            subject = load_subject(source, settings, calibration, memory, process)
+            undone.callback(subject.residence.close)
         return prepare(subject, settings, calibration, progress or Progress(), clock, journal)
 
 
@@ -287,7 +293,7 @@ def start_replay(
     require(needs, journal.directory, subject.memory_limit)
     batches = list(samples.split(settings.batch))
     start = time.perf_counter()
-    replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.give_back)
+    replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.release)
     per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
     left = 1 - journal.finished_blocks / (2 * len(layout.blocks))
     minutes = left * foretell(layout, per_batch, len(batches), settings) / 60
@@ -297,7 +303,7 @@ def start_replay(
         )
     progress.note(
         f"needs about {needs.memory / 1e9:.2f} GB of memory, {needs.disk / 1e9:.2f} GB of disk, "
-        f"{math.ceil(minutes)} min" + "; weights are read from their files in turns" * residence.in_turns
+        f"{math.ceil(minutes)} min" + "; weights are paged (streamed from disk)" * residence.paged
     )
     return replay, needs
 

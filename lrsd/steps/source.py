@@ -12,7 +12,7 @@ from lrsd.model.load import LoadedModel, check_finite, fingerprint, load_model
 from lrsd.model.types import Model
 from lrsd.numerics.allocate import VALUE_BYTES
 from lrsd.settings import CalibrationSettings, CompressionSettings
-from lrsd.work.process import allowed_memory
+from lrsd.work.process import Process, allowed_memory
 from lrsd.work.residency import Residence
 
 # Of the linear weights, where 8-bit embeddings alone already meet the ratio of the checkpoint.
@@ -36,9 +36,13 @@ class Subject:
 
 
 def load_subject(
-    source: str, settings: CompressionSettings, calibration: CalibrationSettings, memory: int | None = None
+    source: str,
+    settings: CompressionSettings,
+    calibration: CalibrationSettings,
+    memory: int | None = None,
+    process: Process | None = None,
 ) -> Subject:
-    """memory: bytes of it allowed, all of the machine's by default.
+    """memory: bytes of it allowed, all of the machine's by default. The caller closes `residence`.
 
     Raises: InputError for a model that cannot be compressed, NumericsError for non-finite weights.
     """
@@ -48,7 +52,7 @@ def load_subject(
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{source} is already compressed; compress the dense model it was made from")
     unfuse_experts(loaded.model)
-    residence = Residence(loaded.model, limit)
+    residence = Residence(loaded.model, limit, process)
     layout = find_layout(loaded.model, example(loaded), settings.selection)
     for name, weight in residence.passing():
         check_finite(name, weight)
