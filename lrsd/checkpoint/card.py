@@ -1,6 +1,6 @@
 """The model card: README.md of a checkpoint directory."""
 
-from __future__ import annotations
+from huggingface_hub import ModelCardData
 
 from lrsd.checkpoint.manifest import LayerRecord, Manifest
 
@@ -53,13 +53,16 @@ def _codes(layer: LayerRecord) -> str:
 
 
 def model_card(manifest: Manifest) -> str:
-    """README.md of the checkpoint directory."""
+    """README.md of the checkpoint directory: a header that the hub reads, and how to use the model."""
     lines = "\n".join(f"    {line}" for line in result_lines(manifest))
     calibration = manifest.calibration
+    about = ModelCardData(
+        base_model=manifest.base_model,
+        library_name="transformers",
+        tags=["lrsd", "low-rank", "sparse", "compressed"],
+    )
     return f"""---
-base_model: {manifest.base_model}
-library_name: transformers
-tags: [lrsd, low-rank, sparse, compressed]
+{about.to_yaml()}
 ---
 # {manifest.base_model}, compressed {manifest.ratio:.3g}x by lrsd {manifest.lrsd_version}
 
