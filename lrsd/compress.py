@@ -150,7 +150,7 @@ def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
     Raises: InputError if there is unfinished work and it is not to be resumed.
     """
     journal = Journal(partial_directory(output))
-    if journal.begun and not resume and not journal.finished_blocks:
+    if journal.begun and not resume and not journal.finished_steps:
         journal.remove()  # stopped before anything was finished
         journal = Journal(journal.directory)
     if journal.begun and not resume:
@@ -295,7 +295,7 @@ def start_replay(
     start = time.perf_counter()
     replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.release)
     per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
-    left = 1 - journal.finished_blocks / (2 * len(layout.blocks))
+    left = 1 - (journal.count("survey-") + journal.count("fit-")) / (2 * len(layout.blocks))
     minutes = left * foretell(layout, per_batch, len(batches), settings) / 60
     if loaded.ignored:
         progress.note(

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from io import FileIO
 from pathlib import Path
 from shutil import copytree
@@ -23,6 +24,7 @@ from lrsd.errors import InputError, LrsdError, StorageError
 from lrsd.settings import CalibrationSettings, CompressionSettings
 from lrsd.work import files, journal, streams
 from lrsd.work.journal import JOURNAL, Journal, partial_directory
+from lrsd.work.records import read_record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
@@ -427,6 +429,61 @@ def test_a_resumed_run_reads_neither_text_nor_surveys_again(
     monkeypatch.setattr("lrsd.steps.observe.block_moments", again)
     monkeypatch.setattr("lrsd.steps.plan._choose", again)
     assert "model.safetensors" in run()
+
+
+def test_a_resumed_run_decodes_each_record_once(
+    run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after everything was fitted; the fit that is left undone reads moments, which hold no curves."""
+    settings = CompressionSettings(ratio=4, propagate=False, batch=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("lrsd.compress.write_checkpoint", lambda *arguments: _stop(0, None))
+        with pytest.raises(KeyboardInterrupt):
+            run(settings=settings)
+    assert finished(partial)[-1] == "fit-0001"
+    content = (partial / JOURNAL).read_text().splitlines(keepends=True)
+    (partial / JOURNAL).write_text("".join(content[:-1]))
+    moments = partial / "survey-0001.moments.safetensors"
+    whole = moments.read_bytes()
+    moments.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LrsdError, match=r"survey-0001\.moments"):
+        run(settings=settings)
+    moments.write_bytes(whole)
+    decoded: list[str] = []
+
+    def counted(path: Path, kind: type) -> Any:
+        decoded.append(path.stem)
+        return read_record(path, kind)
+
+    monkeypatch.setattr(journal, "read_record", counted)
+    run(settings=settings)
+    assert sorted(decoded) == [
+        "fit-0000", "fit-0001", "plan", "survey-0000", "survey-0001", "survey-0001.moments", "text",
+    ]  # fmt: skip
+
+
+def test_the_journal_counts_steps_by_name(stopped: list[str], partial: Path) -> None:
+    with closing(Journal(partial)) as held:
+        assert [held.count(name) for name in ("text", "survey-", "fit-")] == [1, 2, 0]
+        assert held.finished_steps == len(stopped) - 1
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(
+    run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    """Nobody else is blamed, and nothing is left behind."""
+
+    def refused(*arguments: Any) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.raises(
+        StorageError, match=rf"cannot be locked \({os.strerror(refusal)}\), .*; choose"
+    ) as error:
+        run()
+    assert "\n" not in str(error.value)
+    assert not partial.exists()
 
 
 @pytest.mark.parametrize("damage", ["survey-0001.safetensors", JOURNAL])

@@ -95,15 +95,15 @@ def fit_blocks(
     linears = replay.layout.linears
     for index, block in enumerate(replay.layout.blocks):
         step = fit_step(index)
-        if step not in workspace:
+        resumed = step in workspace
+        if not resumed:
             streams = TwoStreams.start(workspace, replay, index) if choice.propagate else None
             layers = _fit_block(replay, index, survey, choice, purse, settings, streams)
             workspace.finish(step, FittedBlock(layers), keep=streams.finish() if streams else [])
-        else:
-            for name, layer in workspace.read(step, FittedBlock).layers.items():
-                purse.pay(name, layer.plan.nbytes(survey.curves[name].shape))
         replay.finished(replay.block(index))
         for name, layer in workspace.read(step, FittedBlock).layers.items():
+            if resumed:
+                purse.pay(name, layer.plan.nbytes(survey.curves[name].shape))
             fitted[name] = layer
             layer.install(replay.model, linears[name])
         progress.step(block.name)

@@ -43,15 +43,22 @@ class Survey:
 
 @dataclass(frozen=True)
 class SurveyedBlock:
-    """What is kept of one block. moments: `Moments.state` by input group; probe: the hidden states of the
-    probe's samples behind the block."""
+    """What is kept of one block besides its moments. probe: the hidden states of the probe's samples after
+    the block."""
 
-    moments: dict[str, dict[str, Tensor]]
     curves: dict[str, LayerCurve]
     sensitivity: dict[str, float]
     routed: dict[str, int]
     unsolved: dict[str, str]
     probe: Tensor | None
+
+
+@dataclass(frozen=True)
+class BlockMoments:
+    """Moments of one block: `Moments.state` by input group. Apart from the curves, since the fit reads these
+    only."""
+
+    states: dict[str, dict[str, Tensor]]
 
 
 def survey_model(
@@ -88,7 +95,11 @@ def survey_model(
                 )
                 behind = workspace.new_stream(step)
                 found = block_moments(replay, index, before, behind)
-            record = _survey_block(replay, block, found, settings, probe)
+            shared = share_among_experts(block, found)
+            routed = {group.name: found[group.name].count for group in block.groups if group.routed}
+            record = _survey_block(replay, block, shared, routed, settings, probe)
+            states = {group.name: shared[group.name].state() for group in block.groups}
+            workspace.put(_moments_of(step), BlockMoments(states))
             workspace.finish(step, record, keep=[step] if behind is not None else [])
         replay.finished(replay.block(index))
         surveyed.append(workspace.read(step, SurveyedBlock))
@@ -111,15 +122,18 @@ def survey_step(index: int) -> str:
     return f"survey-{index:04d}"
 
 
+def _moments_of(step: str) -> str:
+    return f"{step}.moments"
+
+
 def _survey_block(
     replay: Replay,
     block: Block,
     moments: Mapping[str, Moments],
+    routed: dict[str, int],
     settings: CompressionSettings,
     probe: Probe | None,
 ) -> SurveyedBlock:
-    routed = {group.name: moments[group.name].count for group in block.groups if group.routed}
-    moments = share_among_experts(block, moments)
     curves: dict[str, LayerCurve] = {}
     unsolved: dict[str, str] = {}
     perturbations: list[Perturbation] = []
@@ -132,8 +146,7 @@ def _survey_block(
     if probe:
         measured, behind = probe.measure(perturbations), probe.behind
         probe.advance()
-    states = {group.name: moments[group.name].state() for group in block.groups}
-    return SurveyedBlock(states, curves, measured, routed, unsolved, behind)
+    return SurveyedBlock(curves, measured, routed, unsolved, behind)
 
 
 def _survey_group(
@@ -183,7 +196,7 @@ class _StoredMoments(Mapping[str, Moments]):
     def __getitem__(self, group: str) -> Moments:
         step = self._steps[group]
         if self._last[0] != step:  # the groups of a block follow each other, and share its record
-            self._last = step, self._workspace.read(step, SurveyedBlock).moments
+            self._last = step, self._workspace.read(_moments_of(step), BlockMoments).states
         return Moments.from_state(self._last[1][group], self._device)
 
     def __iter__(self) -> Iterator[str]:
