@@ -62,7 +62,7 @@ Examples:
 @click.option(
     "--memory",
     metavar="SIZE",
-    help="Memory that this may take, e.g. 4GiB; weights that do not fit are paged from their files.  "
+    help="Memory that this may take, e.g. 4GiB; weights that do not fit are paged (streamed from disk).  "
     "[default: the machine's]",
 )
 @click.option(
@@ -72,10 +72,7 @@ Examples:
     "result is the same to the byte. From the start where there is nothing.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-@click.pass_context
 def compress(
-    context: click.Context,
-    /,
     model: str,
     output: Path | None,
     dry_run: bool,
@@ -101,20 +98,30 @@ def compress(
     from lrsd.report import plan_table, summary_lines
     from lrsd.settings import parse_size
 
-    asked = Recipe.of(**given_options(context, options))
+    asked = Recipe.of(**given_options(click.get_current_context(), options))
     progress = make_progress()
     allowed = None if memory is None else parse_size(memory)
     if dry_run:
-        prepared = plan_only(model, asked, progress, memory=allowed)
+        with _own_process() as process:
+            prepared = plan_only(model, asked, progress, memory=allowed, process=process)
         click.echo(json.dumps(prepared.to_dict(), indent=1) if as_json else plan_table(prepared))
         return
     assert output is not None
-    manifest = run(model, output, asked, progress, resume=resume, memory=allowed)
+    with _own_process() as process:
+        manifest = run(model, output, asked, progress, resume=resume, memory=allowed, process=process)
     click.echo(
         json.dumps(asdict(manifest), indent=1)
         if as_json
         else "\n".join([*summary_lines(manifest), f"written         {output}"])
     )
+
+
+def _own_process() -> Any:
+    """The one place where lrsd changes more than its own: this process is the command's."""
+    from lrsd.model.load import gguf_parsed_once, without_bars
+    from lrsd.work.process import own_process
+
+    return own_process(gguf_parsed_once(), without_bars())
 
 
 @click.command(name="eval", epilog=_EVAL_EXAMPLES)
@@ -171,10 +178,11 @@ def evaluate(
     from lrsd.report import evaluation_lines
 
     texts = ppl if ppl or speed or accuracy else ("wikitext",)
-    result = run(
-        model, texts, seqlen=seqlen, windows=windows, dense=kl, accuracy=accuracy, with_speed=speed,
-        dtype=dtype, device=device, progress=make_progress(),
-    )  # fmt: skip
+    with _own_process():
+        result = run(
+            model, texts, seqlen=seqlen, windows=windows, dense=kl, accuracy=accuracy, with_speed=speed,
+            dtype=dtype, device=device, progress=make_progress(),
+        )  # fmt: skip
     click.echo(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(evaluation_lines(result)))
 
 

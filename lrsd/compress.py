@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 
 import torch
@@ -18,6 +18,7 @@ from lrsd.steps.prepare import Clock, Prepared, prepare
 from lrsd.steps.source import SourceModel, load_source
 from lrsd.steps.write import Compressed, environment, write_checkpoint
 from lrsd.work.journal import Journal, difference, partial_directory
+from lrsd.work.process import Process
 
 # The journal's last step; where the checkpoint is written to.
 WRITTEN, _CHECKPOINT = "written", "checkpoint"
@@ -31,6 +32,7 @@ def compress(
     *,
     resume: bool = False,
     memory: int | None = None,
+    process: Process | None = None,
 ) -> Manifest:
     """Compress the model at `source` into the new directory `output`.
 
@@ -38,18 +40,20 @@ def compress(
     block, and write the packed checkpoint. Finished blocks are kept beside `output` meanwhile.
 
     Args: resume: go on with what an earlier run of the same command has finished, if there is anything;
-        the result is the same, byte by byte; memory: bytes of it allowed, all of the machine's by default.
+        the result is the same, byte by byte; memory: bytes of it allowed, all of the machine's by default;
+        process: what may be changed of it, nothing by default.
     Raises: LrsdError; nothing is left at `output` then.
     """
     progress, clock = progress or Progress(), Clock()
     require_place(output)
-    with work_towards(output, resume) as journal, torch.inference_mode():
+    with work_towards(output, resume) as journal, torch.inference_mode(), ExitStack() as undone:
         journal.claim(recipe=recipe.to_dict(), environment=environment(recipe))
         finished = resume and not journal.begun and (output / MANIFEST_NAME).is_file()
         if not finished and WRITTEN not in journal:
             require_free(output)
         with clock("load"):
-            loaded = load_source(source, recipe, memory)
+            loaded = load_source(source, recipe, memory, process)
+            undone.callback(loaded.residence.close)
         if finished:
             return require_same(output, loaded, recipe)
         journal.claim(model=loaded.fingerprint, text=loaded.text)
@@ -85,7 +89,7 @@ def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
     Raises: InputError if there is unfinished work and it is not to be resumed.
     """
     journal = Journal(partial_directory(output))
-    if journal.begun and not resume and not journal.finished_blocks:
+    if journal.begun and not resume and not journal.finished_steps:
         journal.remove()  # stopped before anything was finished
         journal = Journal(journal.directory)
     if journal.begun and not resume:
@@ -119,15 +123,22 @@ def move_into_place(journal: Journal, output: Path) -> Manifest:
 
 
 def dry_run(
-    source: str, recipe: Recipe, progress: Progress | None = None, *, memory: int | None = None
+    source: str,
+    recipe: Recipe,
+    progress: Progress | None = None,
+    *,
+    memory: int | None = None,
+    process: Process | None = None,
 ) -> Prepared:
     """Observe and allocate only; nothing is left on disk."""
     with (
         tempfile.TemporaryDirectory(prefix="lrsd-") as scratch,
         closing(Journal(Path(scratch))) as journal,
         torch.inference_mode(),
+        ExitStack() as undone,
     ):
         clock = Clock()
         with clock("load"):
-            loaded = load_source(source, recipe, memory)
+            loaded = load_source(source, recipe, memory, process)
+            undone.callback(loaded.residence.close)
         return prepare(loaded, recipe, progress or Progress(), clock, journal)

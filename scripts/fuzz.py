@@ -51,14 +51,16 @@ from lrsd.model.load import load_model
 from lrsd.model.samples import Samples, try_running
 from lrsd.report import summary_lines
 from lrsd.steps.fit import FittedBlock
-from lrsd.steps.observe import SurveyedBlock
+from lrsd.steps.observe import BlockMoments, SurveyedBlock
 from lrsd.steps.plan import Choice
 from lrsd.work.journal import Journal
 
 # A child that has not answered after so many times --seconds is killed; address space beyond what it has.
 _PATIENCE = 4
 _ADDRESS_SPACE = 6 << 30
-_RECORDS = {"text": Samples, "survey": SurveyedBlock, "plan": Choice, "fit": FittedBlock}
+_RECORDS = {
+    "text": Samples, "survey": SurveyedBlock, "moments": BlockMoments, "plan": Choice, "fit": FittedBlock,
+}  # fmt: skip
 
 
 def main() -> None:
@@ -244,8 +246,9 @@ def read_journal(directory: Path) -> list[torch.Tensor]:
     """Every record and stream that the journal names."""
     with closing(Journal(directory)) as journal:
         for path in directory.glob("*.safetensors"):
-            if path.stem in journal:
-                journal.read(path.stem, _RECORDS[path.stem.partition("-")[0]])
+            step, _, part = path.stem.partition(".")
+            if step in journal:
+                journal.read(path.stem, _RECORDS[part or step.partition("-")[0]])
         streams = [journal.stream(path.stem) for path in directory.glob("*.stream")]
         return [stream[number] for stream in streams for number in range(len(stream))]
 

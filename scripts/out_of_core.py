@@ -1,6 +1,6 @@
 """Compress a synthetic checkpoint of several times the memory that the process may have.
 
-Writes random bfloat16 weights tensor by tensor, then runs `lrsd compress` in a control group whose memory is
+Writes random bfloat16 weights tensor by tensor, then runs `lrsd compress` in a cgroup whose memory is
 capped, which kills it if it needs more; compares the peak with the prediction. Needs root, or a control
 group that may be written to, and about one and a half times the checkpoint of disk.
 Example:
@@ -57,7 +57,7 @@ def write_checkpoint(directory: Path, config: LlamaConfig) -> int:
 
 
 class ControlGroup:
-    """A control group with a memory limit, of either version; removed at the end."""
+    """A cgroup with a memory limit, of either version; removed at the end."""
 
     def __init__(self, cap: int) -> None:
         first = (_GROUPS / "memory").is_dir()

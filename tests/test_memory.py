@@ -40,7 +40,7 @@ def test_freed_blocks_go_back_to_the_system() -> None:
     assert last.sum() == 2**18
 
 
-def test_weights_mapped_from_files_are_given_back_and_read_again(tmp_path: Path) -> None:
+def test_weights_mapped_from_files_are_released_and_read_again(tmp_path: Path) -> None:
     if not Path("/proc/self/smaps").exists():
         pytest.skip("only Linux maps files so")
     tensors = {name: torch.randn(2**22) for name in ("read", "changed")}  # 16 MB each
@@ -129,13 +129,13 @@ def test_weights_to_be_converted_must_fit_before_they_are_read(
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells no more")
 def test_a_peak_is_that_of_this_process_not_of_the_one_that_started_it() -> None:
     held = torch.ones(2**28)  # 1 GB
-    program = "from lrsd.memory import peak_rss; print(peak_rss())"
+    program = "from lrsd.work.process import peak_rss; print(peak_rss())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 2**26 < int(done.stdout) < held.nbytes
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives mapped files back")
-def test_weights_in_turns_give_the_same_bytes_with_less_memory(
+def test_paged_weights_give_the_same_bytes_with_less_memory(
     make_model: Any, tiny_llama: Any, text_file: Path, tmp_path: Path
 ) -> None:
     """In processes of their own, whose peaks can be compared; 300 MB of weights, few of them compressed."""
@@ -145,17 +145,17 @@ def test_weights_in_turns_give_the_same_bytes_with_less_memory(
     command = [sys.executable, "-m", "lrsd_cli.main", "compress", str(model), "--ratio", "4x", "--json"]
     command += ["--calib", str(text_file), *options, "--allocation", "uniform"]
     found = {}
-    for name, more in (("whole", []), ("turns", ["--memory", "850MB"])):
+    for name, more in (("whole", []), ("paged", ["--memory", "850MB"])):
         done = subprocess.run([*command, "-o", str(tmp_path / name), *more], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         found[name] = json.loads(done.stdout)["memory"]
-        assert ("read from their files in turns" in done.stderr) == (name == "turns")
+        assert ("weights are paged" in done.stderr) == (name == "paged")
     shards = sorted((tmp_path / "whole").glob("*.safetensors"))
     assert len(shards) > 1
     for shard in shards:
-        assert shard.read_bytes() == (tmp_path / "turns" / shard.name).read_bytes()
-    assert found["turns"]["peak"] < found["whole"]["peak"] - 150 * 10**6
-    assert found["turns"]["peak"] == pytest.approx(found["turns"]["predicted"], rel=0.15)
+        assert shard.read_bytes() == (tmp_path / "paged" / shard.name).read_bytes()
+    assert found["paged"]["peak"] < found["whole"]["peak"] - 150 * 10**6
+    assert found["paged"]["peak"] == pytest.approx(found["paged"]["predicted"], rel=0.15)
 
 
 def test_the_manifest_reports_both(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:

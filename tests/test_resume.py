@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import closing
 from io import FileIO
 from pathlib import Path
 from shutil import copytree
@@ -16,20 +17,19 @@ from typing import Any
 
 import pytest
 import torch
-from recipes import on
 from safetensors.torch import load_file, save_file
 
 from lrsd.compress import compress
 from lrsd.errors import InputError, LrsdError, StorageError
-from lrsd.recipe import Recipe
-from lrsd.settings import Calibration
-from lrsd.work import files, journal
+from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.work import files, journal, streams
 from lrsd.work.journal import JOURNAL, Journal, partial_directory
+from lrsd.work.records import read_record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 # With propagation every part of the work writes: moments, both streams, a block's own inputs, packed layers.
-SETTINGS = Recipe.of(ratio=4, propagate=True, batch=4)
+SETTINGS = CompressionSettings(ratio=4, propagate=True, batch=4)
 SAMPLES = 8
 
 Run = Callable[..., dict[str, bytes]]
@@ -41,9 +41,9 @@ def run(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> Run:
 
     def start(model: Path = tiny_model_dir, text: Path = text_file, **changes: Any) -> dict[str, bytes]:
         resume, settings = changes.pop("resume", True), changes.pop("settings", SETTINGS)
-        calibration = Calibration(calib=str(text), **{"samples": SAMPLES, "seqlen": 32} | changes)
+        calibration = CalibrationSettings(source=str(text), **{"samples": SAMPLES, "seqlen": 32} | changes)
         output = tmp_path / "work" / "out"
-        compress(str(model), output, on(settings, calibration), resume=resume)
+        compress(str(model), output, settings, calibration, resume=resume)
         assert not partial_directory(output).exists()
         found = {path.name: path.read_bytes() for path in output.iterdir() if path.name != "run.json"}
         for path in output.iterdir():
@@ -100,7 +100,7 @@ class Faults:
     def __init__(self, patch: pytest.MonkeyPatch, fault: Callable[[], None]) -> None:
         self.left = 0
         self._fault = fault
-        for module in (files, journal):
+        for module in (files, streams):
             patch.setattr(module, "save_file", self._before(files.save_file))
         patch.setattr("transformers.modeling_utils.safe_save_file", self._before(save_file))
         patch.setattr(Path, "write_text", self._before(Path.write_text))
@@ -202,8 +202,7 @@ def test_the_command_says_how_to_go_on(
 ) -> None:
     program = f"""
 import os, signal, sys
-from lrsd.storage.journal import Workspace
-from lrsd.storage import journal
+from lrsd.work import journal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 finish = journal.Journal.finish
 def stop(self, step, *arguments, **named):
@@ -279,10 +278,10 @@ def test_the_same_weights_with_another_configuration_or_tokenizer_are_another_mo
     ("changes", "field"),
     [
         (
-            {"settings": Recipe.of(ratio=3, propagate=True, batch=4)},
+            {"settings": CompressionSettings(ratio=3, propagate=True, batch=4)},
             r"recipe.ratio was '4x', is '3x'",
         ),
-        ({"settings": Recipe.of(ratio=4, batch=4)}, "recipe.propagate was True, is None"),
+        ({"settings": CompressionSettings(ratio=4, batch=4)}, "recipe.propagate was True, is None"),
         ({"seed": 1}, "recipe.seed was 0, is 1"),
         ({"samples": 9}, "recipe.samples was 8, is 9"),
     ],
@@ -317,21 +316,21 @@ def test_a_finished_command_may_be_repeated_with_resume(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """A job that is queued again prints the same manifest; another command's result is left alone."""
-    calibration = Calibration(calib=str(text_file), samples=SAMPLES, seqlen=32)
+    calibration = CalibrationSettings(source=str(text_file), samples=SAMPLES, seqlen=32)
     output = tmp_path / "out"
 
-    def run(model: Path = tiny_model_dir, settings: Recipe = SETTINGS) -> Any:
-        return compress(str(model), output, on(settings, calibration), resume=True)
+    def run(model: Path = tiny_model_dir, settings: CompressionSettings = SETTINGS) -> Any:
+        return compress(str(model), output, settings, calibration, resume=True)
 
     first = run()
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
     assert run() == first
     with pytest.raises(InputError, match="holds the result of another run: ratio was 4, is 3"):
-        run(settings=Recipe.of(ratio=3, propagate=True, batch=4))
+        run(settings=CompressionSettings(ratio=3, propagate=True, batch=4))
     with pytest.raises(InputError, match="holds the result of another run: model was"):
         run(model=other_model(tiny_model_dir, tmp_path / "other"))
     with pytest.raises(InputError, match="already exists and is not empty"):
-        compress(str(tiny_model_dir), output, on(SETTINGS, calibration))
+        compress(str(tiny_model_dir), output, SETTINGS, calibration)
     after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
     assert after == before
 
@@ -432,6 +431,61 @@ def test_a_resumed_run_reads_neither_text_nor_surveys_again(
     assert "model.safetensors" in run()
 
 
+def test_a_resumed_run_decodes_each_record_once(
+    run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed after everything was fitted; the fit that is left undone reads moments, which hold no curves."""
+    settings = CompressionSettings(ratio=4, propagate=False, batch=4)
+    with monkeypatch.context() as patch:
+        patch.setattr("lrsd.compress.write_checkpoint", lambda *arguments: _stop(0, None))
+        with pytest.raises(KeyboardInterrupt):
+            run(settings=settings)
+    assert finished(partial)[-1] == "fit-0001"
+    content = (partial / JOURNAL).read_text().splitlines(keepends=True)
+    (partial / JOURNAL).write_text("".join(content[:-1]))
+    moments = partial / "survey-0001.moments.safetensors"
+    whole = moments.read_bytes()
+    moments.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(LrsdError, match=r"survey-0001\.moments"):
+        run(settings=settings)
+    moments.write_bytes(whole)
+    decoded: list[str] = []
+
+    def counted(path: Path, kind: type) -> Any:
+        decoded.append(path.stem)
+        return read_record(path, kind)
+
+    monkeypatch.setattr(journal, "read_record", counted)
+    run(settings=settings)
+    assert sorted(decoded) == [
+        "fit-0000", "fit-0001", "plan", "survey-0000", "survey-0001", "survey-0001.moments", "text",
+    ]  # fmt: skip
+
+
+def test_the_journal_counts_steps_by_name(stopped: list[str], partial: Path) -> None:
+    with closing(Journal(partial)) as held:
+        assert [held.count(name) for name in ("text", "survey-", "fit-")] == [1, 2, 0]
+        assert held.finished_steps == len(stopped) - 1
+
+
+@pytest.mark.parametrize("refusal", [errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_named(
+    run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch, refusal: int
+) -> None:
+    """Nobody else is blamed, and nothing is left behind."""
+
+    def refused(*arguments: Any) -> None:
+        raise OSError(refusal, os.strerror(refusal))
+
+    monkeypatch.setattr("fcntl.flock", refused)
+    with pytest.raises(
+        StorageError, match=rf"cannot be locked \({os.strerror(refusal)}\), .*; choose"
+    ) as error:
+        run()
+    assert "\n" not in str(error.value)
+    assert not partial.exists()
+
+
 @pytest.mark.parametrize("damage", ["survey-0001.safetensors", JOURNAL])
 def test_damaged_work_is_named(run: Run, stopped: list[str], partial: Path, damage: str) -> None:
     content = (partial / damage).read_bytes()
@@ -450,5 +504,5 @@ def test_a_directory_in_the_way_is_left_alone(run: Run, partial: Path) -> None:
 
 def test_work_that_would_end_the_same_is_not_kept(run: Run, partial: Path) -> None:
     with pytest.raises(LrsdError, match="ratio"):
-        run(settings=Recipe.of(ratio=1000))
+        run(settings=CompressionSettings(ratio=1000))
     assert not partial.exists()

@@ -2,6 +2,8 @@
 
 import re
 
+from huggingface_hub import ModelCardData
+
 from lrsd.checkpoint.manifest import Manifest
 
 
@@ -45,13 +47,16 @@ def _left_alone(manifest: Manifest) -> list[str]:
 
 
 def model_card(manifest: Manifest) -> str:
-    """README.md of the checkpoint directory."""
+    """README.md of the checkpoint directory: a header that the hub reads, and how to use the model."""
     lines = "\n".join(f"    {line}" for line in result_lines(manifest))
     recipe = manifest.recipe
+    about = ModelCardData(
+        base_model=manifest.base_model,
+        library_name="transformers",
+        tags=["lrsd", "low-rank", "sparse", "compressed"],
+    )
     return f"""---
-base_model: {manifest.base_model}
-library_name: transformers
-tags: [lrsd, low-rank, sparse, compressed]
+{about.to_yaml()}
 ---
 # {manifest.base_model}, compressed {manifest.ratio:.3g}x by lrsd {manifest.lrsd_version}
 

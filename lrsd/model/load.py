@@ -4,6 +4,7 @@ import hashlib
 import importlib.util
 import json
 import shutil
+import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    modeling_gguf_pytorch_utils,
 )
 from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import cached_file
@@ -101,15 +103,16 @@ def load_model(
         memory: bytes that may be taken by weights that are not used as they are stored.
     Raises: InputError naming what is missing, unreadable or too large.
     """
-    with _gguf_parsed_once():
+    try:
         return _load(source, dtype, device, memory)
+    finally:
+        _forget_parsed()
 
 
 def _load(source: str, dtype: str, device: str, memory: int | None) -> LoadedModel:
     where, arguments = _locate(source)
     inventory = _inventory(where, arguments)
     target = resolve_device(device)
-    transformers_logging.disable_progress_bar()
     with _unreadable(source), _errors_only():
         config = AutoConfig.from_pretrained(where, **_config_arguments(arguments))
         native = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
@@ -305,22 +308,46 @@ def _inventory(where: str, arguments: dict[str, Any]) -> dict[str, StoredTensor]
 
 
 @contextmanager
-def _gguf_parsed_once() -> Iterator[None]:
-    """One parse of a GGUF file's header instead of four: transformers reads it anew, seconds each
-    time, for configuration, weights and tokenizer.
-    """
+def without_bars() -> Iterator[None]:
+    """transformers without progress bars, those of GGUF included, which it does not switch off itself; the
+    hub's stay, which show on a terminal only. For a process of lrsd's own."""
+
+    def silent(factory: Any, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        return transformers_logging.EmptyTqdm(*arguments, **options)
+
+    reading: Any = modeling_gguf_pytorch_utils
+    bars = reading.tqdm
+    before = transformers_logging.set_tqdm_hook(silent)
+    reading.tqdm = transformers_logging.tqdm
+    try:
+        yield
+    finally:
+        reading.tqdm = bars
+        transformers_logging.set_tqdm_hook(before)
+
+
+@contextmanager
+def gguf_parsed_once() -> Iterator[None]:
+    """One parse of a GGUF file's header for each `load_model` instead of four: transformers reads it anew,
+    seconds each time, for configuration, weights and tokenizer. For a process of lrsd's own."""
     if importlib.util.find_spec("gguf") is None:
         yield
         return
     import gguf
 
     reader = gguf.GGUFReader
-    parsed = cache(reader)
-    setattr(gguf, "GGUFReader", lambda path: parsed(str(path)))  # noqa: B010 - a class for mypy
+    setattr(gguf, "GGUFReader", cache(reader))  # noqa: B010 - a class for mypy
     try:
         yield
     finally:
         setattr(gguf, "GGUFReader", reader)  # noqa: B010
+
+
+def _forget_parsed() -> None:
+    """A parsed header may take hundreds of megabytes: it goes once the model is there."""
+    forget = getattr(getattr(sys.modules.get("gguf"), "GGUFReader", None), "cache_clear", None)
+    if forget is not None:
+        forget()
 
 
 def _config_arguments(arguments: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import math
 import struct
 import zlib
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -155,19 +156,14 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """0/1 or booleans to bytes, first one in the lowest bit; uint8 (ceil(n / 8),)."""
-    places = torch.arange(8, dtype=torch.int32, device=bits.device)
-    packed = []
-    for piece in bits.flatten().split(8 * _PIECE):
-        octets = pad(piece.to(torch.uint8), (0, -piece.numel() % 8)).view(-1, 8)
-        packed.append((octets << places).sum(1, dtype=torch.int32).to(torch.uint8))
-    return torch.cat([*packed, torch.zeros(0, dtype=torch.uint8, device=bits.device)])
+    packed = np.packbits(bits.flatten().cpu().numpy(), bitorder="little")
+    return torch.from_numpy(packed).to(bits.device)
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The first `count` bits; bool."""
-    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
-    pieces = [((piece[:, None] >> places) & 1).bool().flatten() for piece in packed.split(_PIECE)]
-    return torch.cat([*pieces, packed[:0].bool()])[:count]
+    bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
+    return torch.from_numpy(bits).view(torch.bool).to(packed.device)
 
 
 def _bit_places(widths: Tensor) -> tuple[Tensor, Tensor]:

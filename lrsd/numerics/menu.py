@@ -7,7 +7,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-
 Numbers = Tensor | np.ndarray | Sequence[float]
 
 

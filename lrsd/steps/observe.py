@@ -22,7 +22,6 @@ from lrsd.work.streams import Stream
 
 # One sample in eight is kept out of the fit: it chooses the interpolation weight and the plan.
 HELD_OUT = 8
-_MOMENTS = "moments"
 
 
 @dataclass(frozen=True)
@@ -101,7 +100,8 @@ def observe_model(
             record = _observe_block(replay, block, found, routed, method, ratio, probe)
             states = BlockMoments({group.name: found[group.name].state() for group in block.groups})
             keep = [step] if outputs is not None else []
-            workspace.finish(step, record, keep=keep, parts={_MOMENTS: states})
+            workspace.put(_moments_of(step), states)
+            workspace.finish(step, record, keep=keep)
             observed.append(record)
         else:
             observed.append(workspace.read(step, ObservedBlock))
@@ -123,6 +123,10 @@ def observe_model(
 def observe_step(index: int) -> str:
     """The name of a block's step in the journal, and of the stream of its outputs."""
     return f"observe-{index:04d}"
+
+
+def _moments_of(step: str) -> str:
+    return f"{step}.moments"
 
 
 def layer_problem(replay: Replay, name: str, metric: Metric, ratio: float) -> LayerProblem:
@@ -194,7 +198,7 @@ class _StoredMoments(Mapping[str, Moments]):
     def __getitem__(self, group: str) -> Moments:
         step = self._steps[group]
         if self._last[0] != step:  # the groups of a block follow each other, and share its record
-            self._last = step, self._workspace.read(step, BlockMoments, part=_MOMENTS).states
+            self._last = step, self._workspace.read(_moments_of(step), BlockMoments).states
         return Moments.from_state(self._last[1][group], self._device)
 
     def __iter__(self) -> Iterator[str]:

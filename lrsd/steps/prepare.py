@@ -119,10 +119,10 @@ def start_replay(
     check_resources(needs, journal.directory, source.memory_limit)
     batches = list(samples.split(recipe.calibration.batch))
     start = time.perf_counter()
-    replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.give_back)
+    replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.release)
     per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
     seconds = estimate_time(layout, per_batch, len(batches), rounds=recipe.method.rounds)
-    left = 1 - journal.finished_blocks / (2 * len(layout.blocks))
+    left = 1 - (journal.count("observe-") + journal.count("fit-")) / (2 * len(layout.blocks))
     minutes = left * seconds.total(propagate=may_propagate(recipe) and not recipe.method.rounds) / 60
     if loaded.ignored:
         progress.note(
@@ -130,8 +130,6 @@ def start_replay(
         )
     progress.note(
         f"needs about {needs.memory / 1e9:.2f} GB of memory, {needs.disk / 1e9:.2f} GB of disk, "
-        f"{math.ceil(minutes)} min"
-        + "; weights are paged, read from their files when used"
-        * residence.in_turns
+        f"{math.ceil(minutes)} min" + "; weights are paged (streamed from disk)" * residence.paged
     )
     return replay, needs, seconds

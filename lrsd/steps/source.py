@@ -13,7 +13,7 @@ from lrsd.model.load import LoadedModel, check_finite, fingerprint, load_model
 from lrsd.model.types import Model
 from lrsd.recipe import Recipe
 from lrsd.settings import Budget
-from lrsd.work.process import allowed_memory
+from lrsd.work.process import Process, allowed_memory
 from lrsd.work.residency import Residence
 
 # Of the linear weights, where 8-bit embeddings alone already meet the ratio of the checkpoint.
@@ -47,8 +47,10 @@ class SourceModel:
         return self.linear_bytes / self.budget
 
 
-def load_source(source: str, recipe: Recipe, memory: int | None = None) -> SourceModel:
-    """memory: bytes of it allowed, all of the machine's by default.
+def load_source(
+    source: str, recipe: Recipe, memory: int | None = None, process: Process | None = None
+) -> SourceModel:
+    """memory: bytes of it allowed, all of the machine's by default. The caller closes `residence`.
 
     Raises: InputError for a model that cannot be compressed, NumericsError for non-finite weights.
     """
@@ -59,7 +61,7 @@ def load_source(source: str, recipe: Recipe, memory: int | None = None) -> Sourc
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{source} is already compressed; compress the dense model it was made from")
     unfuse_experts(loaded.model)
-    residence = Residence(loaded.model, limit)
+    residence = Residence(loaded.model, limit, process)
     layout = find_layout(loaded.model, example(loaded), recipe.selection)
     for name, weight in residence.passing():
         check_finite(name, weight)

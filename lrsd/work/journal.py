@@ -1,25 +1,26 @@
-"""Finished work on disk, so that a run that was stopped goes on where it was.
+"""The journal: finished work on disk, so that a run that was stopped goes on where it was.
 
     OUT.partial/journal.jsonl      what the run is, then one line per finished step
-    OUT.partial/STEP.safetensors   what a step found
-    OUT.partial/NAME.stream/       hidden states behind the last step, one file per batch
+    OUT.partial/STEP.safetensors   what a step found; STEP.PART.safetensors: parts of it that are read alone
+    OUT.partial/NAME.stream/       hidden states after the last step, one file per batch
 
 A step counts once its line is in the journal; all that it needs is on disk by then.
 """
 
+import errno
 import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 
-from lrsd.errors import CheckpointError, InputError
+from lrsd.errors import CheckpointError, InputError, StorageError
 from lrsd.work.files import refusals, sync
 from lrsd.work.records import read_record, write_record
 from lrsd.work.streams import Stream, StreamOnDisk
@@ -29,6 +30,8 @@ T = TypeVar("T")
 JOURNAL = "journal.jsonl"
 _STREAM = ".stream"
 _WAIT = "wait for it or stop it, then repeat the command with --resume"
+# What flock says of a file that another process holds; of network file systems, some say EACCES.
+_HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
 
 def partial_directory(output: Path) -> Path:
@@ -48,25 +51,27 @@ class Workspace:
     def __contains__(self, step: str) -> bool:
         return step in self._records
 
-    def read(self, step: str, kind: type[T], part: str = "") -> T:
-        """What a finished step found, or a part of it that was kept apart."""
-        found = self._records[_record_name(step, part)]
+    def read(self, name: str, kind: type[T]) -> T:
+        """What a finished step found, or a part of it."""
+        found = self._records[name]
         assert isinstance(found, kind)
         return found
 
-    def finish(
-        self,
-        step: str,
-        record: Any = None,
-        keep: Sequence[str] = (),
-        parts: Mapping[str, Any] | None = None,
-    ) -> None:
-        """Keep what a step found, if anything.
+    def put(self, part: str, record: Any) -> None:
+        """Keep a part of what the step under way found, under a name of its own ("STEP.PART"): whoever reads
+        the step does not read it. It counts once the step is finished.
 
-        parts: records of their own, since they are read on their own. keep: names of the streams that the next step begins with; those that the last one kept may go.
         Raises: StorageError.
         """
-        self._write(step, {"": record, **(parts or {})}, keep)
+        self._records[part] = record
+
+    def finish(self, step: str, record: Any = None, keep: Sequence[str] = ()) -> None:
+        """Keep what a step found, if anything.
+
+        keep: names of the streams that the next step begins with; those that the last one kept may go.
+        Raises: StorageError.
+        """
+        self._write(step, record, keep)
         for name in set(self._kept) - set(keep):
             self.stream(name).drop()
         self._kept = tuple(keep)
@@ -80,8 +85,8 @@ class Workspace:
         """A stream of this run, or one that the last finished step kept."""
         return self._streams[name]
 
-    def _write(self, step: str, records: Mapping[str, Any], keep: Sequence[str]) -> None:
-        self._records |= {_record_name(step, part): record for part, record in records.items()}
+    def _write(self, step: str, record: Any, keep: Sequence[str]) -> None:
+        self._records[step] = record
 
 
 class Journal(Workspace):
@@ -112,13 +117,17 @@ class Journal(Workspace):
 
     @property
     def worth_keeping(self) -> bool:
-        """Whether a block is finished, or an earlier process began."""
-        return self.finished_blocks > 0 or not self._mine
+        """Whether more than the calibration text is there, or an earlier process began."""
+        return self.finished_steps > 0 or not self._mine
 
     @property
-    def finished_blocks(self) -> int:
-        """Finished steps beyond the reading of the calibration text."""
+    def finished_steps(self) -> int:
+        """Finished steps after the first one, the reading of the calibration text."""
         return max(len(self._seconds) - 1, 0)
+
+    def count(self, prefix: str) -> int:
+        """Finished steps of that name."""
+        return sum(step.startswith(prefix) for step in self._seconds)
 
     def seconds(self, prefix: str) -> float:
         """Time that the steps of that name took, in whatever process."""
@@ -147,7 +156,12 @@ class Journal(Workspace):
         with refusals(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             sync(self.directory.parent)
-            self._lock()
+            try:
+                self._lock()
+            except StorageError:  # where nobody can hold a lock, nobody is at work
+                (self.directory / JOURNAL).unlink()
+                self.directory.rmdir()
+                raise
             assert self._file is not None
             if os.fstat(self._file.fileno()).st_size > 0:
                 self.close()
@@ -175,9 +189,12 @@ class Journal(Workspace):
     def __contains__(self, step: str) -> bool:
         return step in self._seconds
 
-    def read(self, step: str, kind: type[T], part: str = "") -> T:
+    def read(self, name: str, kind: type[T]) -> T:
         """What a finished step found, mapped from its file. Raises: CheckpointError if that is damaged."""
-        return read_record(self.directory / f"{_record_name(step, part)}.safetensors", kind)
+        return read_record(self.directory / f"{name}.safetensors", kind)
+
+    def put(self, part: str, record: Any) -> None:
+        write_record(self.directory / f"{part}.safetensors", record)
 
     def new_stream(self, name: str) -> Stream:
         stream = self._streams[name] = StreamOnDisk(self.directory / f"{name}{_STREAM}", self._device)
@@ -189,14 +206,13 @@ class Journal(Workspace):
             self._streams[name] = StreamOnDisk(self.directory / f"{name}{_STREAM}", self._device)
         return self._streams[name]
 
-    def _write(self, step: str, records: Mapping[str, Any], keep: Sequence[str]) -> None:
+    def _write(self, step: str, record: Any, keep: Sequence[str]) -> None:
         for name in keep:
             stream = self.stream(name)
             assert isinstance(stream, StreamOnDisk)
             stream.sync()
-        for part, record in records.items():
-            if record is not None:
-                write_record(self.directory / f"{_record_name(step, part)}.safetensors", record)
+        if record is not None:
+            self.put(step, record)
         now = time.perf_counter()
         with refusals(self.directory / JOURNAL):
             self._append({"step": step, "keep": list(keep), "seconds": round(now - self._since, 3)})
@@ -232,7 +248,12 @@ class Journal(Workspace):
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             self.close()
-            raise InputError(f"another lrsd is at work in {self.directory}; {_WAIT}") from error
+            if error.errno in _HELD:
+                raise InputError(f"another lrsd is at work in {self.directory}; {_WAIT}") from error
+            raise StorageError(
+                f"{self.directory} cannot be locked ({error.strerror}), so that two processes might write "
+                "into it; choose an output directory on a local disk, or one that is mounted with locks"
+            ) from error
         if os.fstat(self._file.fileno()).st_nlink == 0:
             self.close()
             raise InputError(f"another lrsd has just ended in {self.directory}; repeat the command")
@@ -243,10 +264,6 @@ class Journal(Workspace):
         while content:
             content = content[self._file.write(content) :]
         os.fsync(self._file)
-
-
-def _record_name(step: str, part: str) -> str:
-    return f"{step}.{part}" if part else step
 
 
 def difference(before: dict[str, Any], now: dict[str, Any], where: str = "") -> str | None:

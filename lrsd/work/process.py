@@ -1,14 +1,42 @@
-"""Memory of this process: how much it holds and may hold, and giving back what it no longer uses."""
+"""The process that lrsd runs in: how much memory it holds and may hold, and what lrsd may change of it."""
 
 import ctypes
 import re
 import resource
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
 _M_MMAP_THRESHOLD = -3
+
+
+class Process:
+    """What lrsd may change of the process that it runs in: nothing, where another program calls it."""
+
+    def release_at_once(self, large: int) -> None:
+        """Give every tensor of at least `large` bytes back to the system as soon as it is freed."""
+
+
+class OwnProcess(Process):
+    """A process that runs lrsd and nothing else."""
+
+    def release_at_once(self, large: int) -> None:
+        """glibc otherwise learns to keep such tensors. This leaves no holes between them, but costs time."""
+        if sys.platform.startswith("linux") and hasattr(_libc(), "mallopt"):
+            _libc().mallopt(_M_MMAP_THRESHOLD, large)
+
+
+@contextmanager
+def own_process(*changes: AbstractContextManager[None]) -> Iterator[Process]:
+    """All that lrsd changes beyond its own modules, for as long as the context lasts. The command line enters
+    it; a library call never does. changes: those to other packages.
+    """
+    with ExitStack() as stack:
+        for change in changes:
+            stack.enter_context(change)
+        yield OwnProcess()
 
 
 def peak_rss() -> int:
@@ -29,7 +57,7 @@ def current_rss() -> int:
 
 
 def allowed_memory() -> int | None:
-    """Bytes that this process may hold: the machine's, or less where a control group or ulimit -d says so."""
+    """Bytes that this process may hold: the machine's, or less where a cgroup or ulimit -d says so."""
     limits = [resource.getrlimit(resource.RLIMIT_DATA)[0], *_cgroup_limits()]
     if match := re.search(r"MemTotal:\s+(\d+) kB", _read("/proc/meminfo")):
         limits.append(1024 * int(match[1]))
@@ -43,15 +71,8 @@ def release_freed() -> None:
         trim(0)
 
 
-def give_back_freed(large: int) -> None:
-    """Have the C library (glibc) give every tensor of at least `large` bytes back to the system as soon as it
-    is freed, where otherwise it learns to keep them: leaves no holes between them, but costs time."""
-    if sys.platform.startswith("linux") and hasattr(_libc(), "mallopt"):
-        _libc().mallopt(_M_MMAP_THRESHOLD, large)
-
-
 def _cgroup_limits() -> Iterable[int]:
-    """Limits of the control groups that this process is in, of either version, and of those above them."""
+    """Limits of the cgroups that this process is in, of either version, and of those above them."""
     for line in _read("/proc/self/cgroup").splitlines():
         _, controllers, path = line.split(":", 2)
         root, name = ("", "memory.max") if not controllers else ("memory", "memory.limit_in_bytes")

@@ -1,4 +1,4 @@
-"""Which weights stay in memory."""
+"""Paging of weights: those of a large model are read from its files again whenever they are used."""
 
 import ctypes
 import re
@@ -9,14 +9,15 @@ from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
-from lrsd.work.process import _libc, _read, current_rss, give_back_freed, release_freed
+from lrsd.work.process import Process, _libc, _read, current_rss, release_freed
 
 _MADV_DONTNEED = 4
 
 
 class MappedFiles:
-    """Tensors that are mapped from files and were never written to: their memory can be given back at any
+    """Tensors that are mapped from files and were never written to: their memory can be released at any
     time, since it is read from the file again when it is next used. Linux only; elsewhere there are none.
     """
 
@@ -42,7 +43,7 @@ class MappedFiles:
 
     @staticmethod
     def release(pages: Iterable[tuple[int, int]]) -> None:
-        """Give the memory of these pages back."""
+        """Return the memory of these pages to the system."""
         for start, length in pages:
             _libc().madvise(ctypes.c_void_p(start), ctypes.c_size_t(length), _MADV_DONTNEED)
 
@@ -54,42 +55,48 @@ def _clean_mappings() -> Iterable[tuple[int, int]]:
         yield int(match[1], 16), int(match[2], 16)
 
 
-# A model that takes more than this share of the memory allowed is read from its files block by block.
+# A model that takes more than this share of the memory allowed is paged.
 _RESIDENT = 1 / 4
-
-
-# Bytes from which a tensor's memory is given back at once, where weights are not read in turns and where they
-# are: 8 MiB cost no time and lowered the peak for SmolLM2-135M by a tenth, 1 MiB cost a third of the fit's.
+# Bytes from which a tensor's memory is released at once, for weights that stay in memory and for paged ones:
+# 8 MiB cost no time and lowered the peak for SmolLM2-135M by a tenth, 1 MiB cost a third of the fit's.
 _LARGE = {False: 2**23, True: 2**20}
 
 
 class Residence:
     """Which weights stay in memory. Those of a model that takes much of it, and is mapped from safetensors
-    files of the type it computes in, are given back as soon as they were used, and read again when needed.
+    files of the type it computes in, are paged (streamed from disk): released as soon as they were used, and
+    read again when needed.
 
-    in_turns: whether that is so.
+    paged: whether that is so.
     """
 
-    def __init__(self, model: nn.Module, limit: int | None) -> None:
-        """limit: bytes of memory allowed. From here on a module's weights go when it has run."""
+    def __init__(self, model: nn.Module, limit: int | None, process: Process | None = None) -> None:
+        """limit: bytes of memory allowed. From here on, until `close`, a paged module's weights go when it
+        has run."""
         self._model, self._mapped = model, MappedFiles()
-        self.in_turns = limit is not None and self._bytes(model) > _RESIDENT * limit
-        give_back_freed(_LARGE[self.in_turns])
-        if self.in_turns:
+        self.paged = limit is not None and self._bytes(model) > _RESIDENT * limit
+        self._hooks: list[RemovableHandle] = []
+        (process or Process()).release_at_once(_LARGE[self.paged])
+        if self.paged:
             for module in model.modules():
                 pages = self._mapped.pages(module.parameters(recurse=False))
-                module.register_forward_hook(partial(_give_back, pages))
+                self._hooks.append(module.register_forward_hook(partial(_release, pages)))
+
+    def close(self) -> None:
+        """Take the hooks off the model."""
+        while self._hooks:
+            self._hooks.pop().remove()
 
     def passing(self) -> Iterator[tuple[str, Tensor]]:
-        """Every weight by its name, given back when the next one is asked for."""
+        """Every weight by its name, released when the next one is asked for."""
         for name, weight in self._model.state_dict().items():
             yield name, weight
-            if self.in_turns:
+            if self.paged:
                 self._mapped.release(self._mapped.pages([weight]))
 
-    def give_back(self, module: nn.Module) -> None:
+    def release(self, module: nn.Module) -> None:
         """What was freed, and a module's weights."""
-        if self.in_turns:
+        if self.paged:
             self._mapped.release(self._mapped.pages(module.parameters()))
         release_freed()
 
@@ -100,9 +107,9 @@ class Residence:
         return current_rss()
 
     def weights(self, blocks: Iterable[str], budget: int) -> int:
-        """Bytes of mapped weights that will be in memory at once: all, beside those that take their place,
+        """Bytes of mapped weights that will be in memory at once: all, plus those that take their place,
         or those of one block and of none. blocks: the names of the model's."""
-        if not self.in_turns:
+        if not self.paged:
             return self._bytes(self._model) + budget
         sizes = [self._bytes(self._model.get_submodule(block)) for block in blocks]
         return self._bytes(self._model) - sum(sizes) + max(sizes)
@@ -111,5 +118,5 @@ class Residence:
         return sum(weight.nbytes for weight in module.parameters() if weight in self._mapped)
 
 
-def _give_back(pages: list[tuple[int, int]], module: nn.Module, arguments: Any, output: Any) -> None:
+def _release(pages: list[tuple[int, int]], module: nn.Module, arguments: Any, output: Any) -> None:
     MappedFiles.release(pages)

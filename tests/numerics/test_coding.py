@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lrsd.numerics.coding import entropy_decode, entropy_encode, pack_codes, unpack_codes
+from lrsd.numerics.coding import (
+    entropy_decode,
+    entropy_encode,
+    pack_bits,
+    pack_codes,
+    unpack_bits,
+    unpack_codes,
+)
 
 LIMIT = 2**30 - 1
 
@@ -93,3 +100,18 @@ def test_fixed_width_codes_survive_without_padding_waste(
     packed = pack_codes(codes, bits)
     assert packed.numel() == -(-count * bits // 8)
     assert torch.equal(unpack_codes(packed, bits, count), codes.int())
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.int32, torch.int64])
+@pytest.mark.parametrize("count", [0, 1, 8, 37])
+def test_bit_i_of_a_mask_is_bit_i_mod_8_of_byte_i_div_8(
+    generator: torch.Generator, count: int, dtype: torch.dtype
+) -> None:
+    """The checkpoint format, spelled out."""
+    bits = torch.randint(2, (count,), generator=generator)
+    packed = pack_bits(bits.to(dtype))
+    assert packed.tolist() == [
+        sum(bit << place for place, bit in enumerate(bits[start : start + 8].tolist()))
+        for start in range(0, count, 8)
+    ]
+    assert torch.equal(unpack_bits(packed, count), bits.bool())
