@@ -7,7 +7,6 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
@@ -15,13 +14,12 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from lrsd.errors import InputError
+from lrsd.numerics.divergence import mean_divergence
 
 # causal: predicts the next token; masked: a masked one; seq2seq: a target from a source text; speech: a
 # target from features of sound; encoder: anything else over token ids, a classifier or a bare encoder.
 Kind = Literal["causal", "masked", "seq2seq", "speech", "encoder"]
 _TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
-# Logits compared at once: a large vocabulary's take more than the model's blocks, several times over.
-DISTANCE_VALUES = 2**21
 
 
 def kind_of(model: PreTrainedModel) -> Kind:
@@ -103,22 +101,9 @@ def answer(output: Any) -> Tensor:
 
 
 def distance(model: PreTrainedModel, reference: Tensor, found: Tensor) -> float:
-    """Mean over rows of KL(reference || found) in nats; of half the relative squared error where the answer
-    is no choice among classes: hidden states, a single number.
-
-    The latter is what KL comes to for a small change of an output that has a Gaussian's noise.
-    """
-    total, choice = 0.0, chooses(model, reference)
-    rows = max(1, DISTANCE_VALUES // reference.shape[-1])
-    for known, other in zip(reference.split(rows), found.split(rows), strict=True):
-        if choice:
-            first, second = log_softmax(other, -1), log_softmax(known, -1)
-            part = kl_div(first, second, reduction="sum", log_target=True)
-        else:
-            norms = known.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-            part = ((other - known).square().sum(-1) / norms).sum() / 2
-        total += float(part)
-    return max(total, 0.0) / len(reference)
+    """Mean over rows of KL(reference || found) in nats; of half the relative squared error where the rows
+    are no logits of several classes, see `mean_divergence`."""
+    return mean_divergence(reference, found, categorical=chooses(model, reference))
 
 
 def chooses(model: PreTrainedModel, found: Tensor) -> bool:

@@ -10,8 +10,9 @@ import torch
 
 from lrsd.errors import InputError
 from lrsd.model.layout import Block, Layout
-from lrsd.model.samples import DISTANCE_VALUES, Samples
+from lrsd.model.samples import Samples
 from lrsd.model.types import Model
+from lrsd.numerics.divergence import DISTANCE_VALUES
 from lrsd.settings import CompressionSettings, parse_size
 from lrsd.steps.plan import compared_rows
 from lrsd.steps.sensitivity import probe_rows
