@@ -8,7 +8,7 @@ import torch
 import lrsd.steps.plan
 from lrsd.compress import compress, dry_run
 from lrsd.model.load import load_model
-from lrsd.model.samples import answer, distance, run_model
+from lrsd.model.samples import distance, logits_of, run_model
 from lrsd.settings import CalibrationSettings, CompressionSettings
 from lrsd.steps.observe import HELD_OUT
 
@@ -28,7 +28,7 @@ def test_what_is_compared_is_what_would_be_lost(
     dense, packed = (load_model(str(path)).model for path in (tiny_model_dir, tmp_path / "out"))
     held_out = prepared.samples[-len(prepared.samples) // HELD_OUT :]
     reference, found, after = (
-        answer(run_model(model, held_out)) for model in (dense, packed, prepared.loaded.model)
+        logits_of(run_model(model, held_out)) for model in (dense, packed, prepared.loaded.model)
     )
     assert compared["uniform"] == pytest.approx(distance(dense, reference, found), rel=0.05)
     torch.testing.assert_close(after, reference, rtol=0, atol=0)

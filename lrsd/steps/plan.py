@@ -11,7 +11,7 @@ from lrsd.errors import BudgetError
 from lrsd.methods.curves import metric
 from lrsd.model.layout import LinearSpec, exchange_weight, read_weight
 from lrsd.model.replay import Replay
-from lrsd.model.samples import Samples, answer, distance, run_model
+from lrsd.model.samples import Samples, distance, logits_of, run_model
 from lrsd.numerics.allocate import (
     LayerCurve,
     Plan,
@@ -169,7 +169,7 @@ def _held_out_divergence(
     last = samples[-max(1, len(samples) // HELD_OUT) :]
     held_out = list(last[:_COMPARED_SAMPLES].cut(_COMPARED_TOKENS).split(1))
     for sample in held_out:
-        aside.append(answer(run_model(model, sample)))
+        aside.append(logits_of(run_model(model, sample)))
     with ExitStack() as replaced:
         for group in replay.layout.groups:
             metric_II = metric(settings, survey.moments[group.name])
@@ -187,7 +187,7 @@ def _held_out_divergence(
             release_freed()
         total = 0.0
         for number, sample in enumerate(held_out):
-            total += distance(model, aside[number], answer(run_model(model, sample)))
+            total += distance(model, aside[number], logits_of(run_model(model, sample)))
         return total / len(held_out)
 
 

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from lrsd.data.sources import require_text, text_identity
-from lrsd.data.tokens import example
 from lrsd.errors import BudgetError, InputError
 from lrsd.model.embedding import embedding_names, packed_bytes
 from lrsd.model.experts import unfuse_experts
@@ -49,7 +48,7 @@ def load_subject(
         raise InputError(f"{source} is already compressed; compress the dense model it was made from")
     unfuse_experts(loaded.model)
     residence = Residence(loaded.model, limit)
-    layout = find_layout(loaded.model, example(loaded), settings.selection)
+    layout = find_layout(loaded.model, loaded.kind.example(loaded.model), settings.selection)
     for name, weight in residence.passing():
         check_finite(name, weight)
     identity = fingerprint(loaded, residence.passing())
