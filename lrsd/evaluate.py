@@ -1,39 +1,27 @@
-"""What was lost: perplexity, divergence from the dense model, speed."""
+"""Evaluation: perplexity, KL from the dense model, accuracy, speed."""
 
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lrsd.data.sources import read_features, read_labelled, read_pairs, read_text
-from lrsd.data.tokens import behind_start, enclosed, example, paired, speech_samples, tokenize
+from lrsd.data.sources import Content, read_content, read_labelled, read_pairs, read_text
+from lrsd.data.tokens import evaluation_items, require_context
 from lrsd.errors import InputError, NumericsError
 from lrsd.model.cache import cached_pass
+from lrsd.model.kinds.base import EvaluationItem
 from lrsd.model.load import LoadedModel, load_model
-from lrsd.model.samples import Samples, answer, chooses, distance, has_logits, run_model, try_running
-from lrsd.model.types import Model, Tokenizer
+from lrsd.model.samples import Samples, distance, is_categorical, logits_of, run_model, try_running
+from lrsd.model.types import Model
 from lrsd.progress import Progress
-from lrsd.settings import Calibration
 
 # Window of the published WikiText-2 perplexities.
 _DEFAULT_SEQLEN = 2048
-# Share of tokens that a masked language model is asked for.
-_MASKED = 0.15
-_LEAST_MASKED = 8
-# Characters by which a path is told from a text.
-_LONGEST_PATH = 4096
-_PROTOCOLS = {
-    "causal": "token perplexity, non-overlapping windows, all tokens but the first of a window scored",
-    "masked": "masked-token perplexity, non-overlapping windows, 15 % of the tokens masked at once",
-    "seq2seq": "token perplexity of targets given their sources, or of what follows a window given that",
-}
-_NONE = torch.zeros(0, dtype=torch.int64)
 # Lengths of the speed measurement: long enough to hide start-up, short enough for a laptop.
 _PREFILL_TOKENS = 512
 _DECODE_TOKENS = 64
@@ -54,7 +42,7 @@ class Perplexity:
 
 @dataclass(frozen=True, kw_only=True)
 class Divergence:
-    """Against the dense model on the same windows: the mean of `measure` over the rows of its answer, which
+    """Against the dense model on the same windows: the mean of `measure` over the rows of its logits, which
     is KL(dense || model) where there is a head, and the fraction of rows on which both put the same entry
     first.
     """
@@ -120,15 +108,18 @@ def evaluate(
     if dense is not None and not texts:
         raise InputError("--kl needs a text: add --ppl wikitext or --ppl FILE")
     # Texts first: a wrong name should not cost the loading of a model.
-    read_later = [text for text in texts if Path(text).suffix == ".safetensors" or read_pairs(text)]
-    contents = {t: t if t in read_later else read_text(t, split="test", option="--ppl") for t in texts}
+    contents = {
+        text: read_text(text, split="test", option="--ppl")
+        for text in texts
+        if not _holds_tensors(text) and not read_pairs(text)
+    }
     loaded = load_model(source, dtype=dtype, device=device)
-    try_running(loaded.model, example(loaded))
+    kind = loaded.kind
+    try_running(loaded.model, kind.example(loaded.model))
     context = loaded.context_length
     length = seqlen or min(_DEFAULT_SEQLEN, context or _DEFAULT_SEQLEN)
-    if context is not None and length > context and loaded.kind != "speech":
-        raise InputError(f"the model reads at most {context} tokens; lower --seqlen from {length}")
-    predicts = loaded.kind in _PROTOCOLS
+    require_context(loaded, length)
+    predicts = kind.perplexity_protocol is not None
     if not predicts and dense is None and accuracy is None and not with_speed:
         raise InputError(
             f"{type(loaded.model).__name__} predicts no tokens; give --kl DENSE, or --accuracy FILE for a "
@@ -137,15 +128,15 @@ def evaluate(
     reference = load_model(dense, dtype=dtype, device=device) if dense is not None else None
     scores: list[Perplexity] = []
     distances: list[Divergence] = []
-    for text, content in contents.items():
-        asked = questions(loaded, content, length, windows)
+    for text in dict.fromkeys(texts):
+        items = evaluation_items(loaded, _opened(loaded, text, contents), length, windows)
         if predicts:
-            progress.stage(f"perplexity {text}", len(asked))
-            scores.append(perplexity(loaded, asked, text, lambda: progress.step("")))
+            progress.stage(f"perplexity {text}", len(items))
+            scores.append(perplexity(loaded, items, text, lambda: progress.step("")))
         if reference is not None:
-            progress.stage(f"divergence {text}", len(asked))
+            progress.stage(f"divergence {text}", len(items))
             distances.append(
-                divergence(loaded.model, reference.model, asked, text, lambda: progress.step(""))
+                divergence(loaded.model, reference.model, items, text, lambda: progress.step(""))
             )
     return EvalResult(
         model=source,
@@ -156,108 +147,49 @@ def evaluate(
     )
 
 
-@dataclass(frozen=True)
-class Question:
-    """One sample, and the rows of the model's answer to it that have a right token."""
-
-    samples: Samples
-    rows: Tensor
-    labels: Tensor
+def _holds_tensors(text: str) -> bool:
+    return Path(text).suffix == ".safetensors"
 
 
-def questions(loaded: LoadedModel, content: str, seqlen: int, windows: int | None) -> list[Question]:
-    """The first `windows` non-overlapping windows of a text, as this kind of model is asked about them.
+def _opened(loaded: LoadedModel, text: str, contents: Mapping[str, Content]) -> Content:
+    """contents: what has been read already.
 
-    content: the text, or the path of pairs, or of the features for a model that hears.
+    Raises: InputError for a format that this kind of model does not read.
     """
-    is_path = Path(content[:_LONGEST_PATH]).suffix == ".safetensors"
-    if is_path != (loaded.kind == "speech"):
-        reads = "a safetensors file of input_features" if loaded.kind == "speech" else "text"
-        raise InputError(f"{type(loaded.model).__name__} reads {reads}; give that with --ppl")
-    if loaded.kind == "speech":
-        features = read_features(content, "--ppl")[:windows]
-        settings = Calibration(calib=content, samples=max(2, len(features)), seqlen=max(8, seqlen))
-        heard = speech_samples(loaded.model, settings)
-        return [Question(sample, _NONE, _NONE) for sample in heard[: len(features)].split(1)]
-    tokenizer = loaded.require_tokenizer()
-    if loaded.kind == "seq2seq" and (pairs := read_pairs(content)):
-        return [_paired(loaded, pair, seqlen) for pair in pairs[:windows]]
-    length = 2 * seqlen if loaded.kind == "seq2seq" else seqlen
-    found = evaluation_windows(tokenize(tokenizer, content), length, windows)
-    everything = torch.arange(seqlen)
-    if loaded.kind == "causal":
-        return [Question(Samples({"input_ids": w[None]}), everything[:-1], w[1:]) for w in found]
-    if loaded.kind == "seq2seq":
-        asked = paired(loaded.model, found).split(1)
-        return [Question(s, everything, w[seqlen:]) for s, w in zip(asked, found, strict=True)]
-    blocks = enclosed(tokenizer, found)
-    if loaded.kind == "masked":
-        return [_masked(tokenizer, block, index) for index, block in enumerate(blocks)]
-    return [Question(Samples({"input_ids": block[None]}), _NONE, _NONE) for block in blocks]
-
-
-def _paired(loaded: LoadedModel, pair: tuple[str, str], seqlen: int) -> Question:
-    """A source, and its target to be written; both at most `seqlen` tokens long."""
-    tokenizer = loaded.require_tokenizer()
-    source, target = (torch.tensor([tokenizer(text).input_ids[:seqlen]]) for text in pair)
-    inputs = {"input_ids": source, "decoder_input_ids": behind_start(loaded.model, target)}
-    return Question(Samples(inputs), torch.arange(target.shape[1]), target[0])
-
-
-def _masked(tokenizer: Tokenizer, block: Tensor, seed: int) -> Question:
-    """A window with 15 % of its tokens masked, the same ones whenever it is asked."""
-    if tokenizer.mask_token_id is None:
-        raise InputError("the tokenizer has no mask token; a masked language model needs one")
-    if len(block) < _LEAST_MASKED:
-        raise InputError(f"a masked language model needs windows of {_LEAST_MASKED} tokens; raise --seqlen")
-    order = torch.randperm(len(block) - 2, generator=torch.Generator().manual_seed(seed))
-    rows = (1 + order[: max(1, int(_MASKED * len(block)))]).sort().values
-    hidden = block.clone()
-    hidden[rows] = tokenizer.mask_token_id
-    return Question(Samples({"input_ids": hidden[None]}), rows, block[rows])
-
-
-def evaluation_windows(tokens: Tensor, seqlen: int, windows: int | None) -> Tensor:
-    """The first `windows` non-overlapping windows of `seqlen` tokens (all whole ones if None).
-
-    Raises: InputError if the text is shorter than what was asked for.
-    """
-    whole = tokens.numel() // seqlen
-    wanted = windows if windows is not None else max(whole, 1)
-    if whole < wanted:
-        raise InputError(
-            f"evaluation text has {tokens.numel()} tokens, {wanted} windows of {seqlen} need "
-            f"{wanted * seqlen}; lower --windows or --seqlen"
-        )
-    return tokens[: wanted * seqlen].view(wanted, seqlen)
+    kind = loaded.kind
+    if _holds_tensors(text) != bool(kind.tensors):
+        raise InputError(f"{type(loaded.model).__name__} reads {kind.reads}; give that with --ppl")
+    return contents[text] if text in contents else read_content(text, kind, split="test", option="--ppl")
 
 
 @torch.inference_mode()
 def perplexity(
-    loaded: LoadedModel, asked: Sequence[Question], text: str, step: Callable[[], None] = lambda: None
+    loaded: LoadedModel, items: Sequence[EvaluationItem], text: str, step: Callable[[], None] = lambda: None
 ) -> Perplexity:
-    """Token perplexity: exp of the mean negative log-likelihood of the questions' tokens.
+    """Token perplexity: exp of the mean negative log-likelihood of the items' labels.
 
     Raises: NumericsError if any window's likelihood is not finite.
     """
+    protocol = loaded.kind.perplexity_protocol
+    assert protocol is not None, "it predicts no tokens"
     total, scored = 0.0, 0
-    for index, question in enumerate(asked):
-        logits = answer(run_model(loaded.model, question.samples))[question.rows.to(loaded.model.device)]
-        loss = float(cross_entropy(logits, question.labels.to(logits.device), reduction="sum").double())
+    for index, item in enumerate(items):
+        logits = logits_of(run_model(loaded.model, item.samples))[item.rows.to(loaded.model.device)]
+        loss = float(cross_entropy(logits, item.labels.to(logits.device), reduction="sum").double())
         if not math.isfinite(loss):
             raise NumericsError(
-                f"the model gives non-finite likelihoods in window {index + 1} of {len(asked)}"
+                f"the model gives non-finite likelihoods in window {index + 1} of {len(items)}"
             )
         total += loss
-        scored += len(question.labels)
+        scored += len(item.labels)
         step()
     return Perplexity(
         perplexity=math.exp(total / scored),
         text=text,
-        windows=len(asked),
-        seqlen=asked[0].samples.positions,
+        windows=len(items),
+        seqlen=items[0].samples.positions,
         scored_tokens=scored,
-        protocol=_PROTOCOLS[loaded.kind],
+        protocol=protocol,
     )
 
 
@@ -265,17 +197,17 @@ def perplexity(
 def divergence(
     model: Model,
     dense: Model,
-    asked: Sequence[Question],
+    items: Sequence[EvaluationItem],
     text: str,
     step: Callable[[], None] = lambda: None,
 ) -> Divergence:
-    """KL and top-1 agreement with the dense model, over every row of its answers.
+    """KL and top-1 agreement with the dense model, over every row of its logits.
 
     Raises: InputError for different vocabularies.
     """
     total, agreeing, rows = 0.0, 0, 0
-    for question in asked:
-        found, reference = (answer(run_model(m, question.samples)) for m in (model, dense))
+    for item in items:
+        found, reference = (logits_of(run_model(m, item.samples)) for m in (model, dense))
         if found.shape != reference.shape:
             raise InputError(
                 f"the models have vocabularies of {found.shape[-1]} and {reference.shape[-1]} tokens; "
@@ -289,7 +221,7 @@ def divergence(
         raise NumericsError("the divergence is not finite: one of the models gives non-finite logits")
     return Divergence(
         kl=total / rows,
-        measure="KL, nats" if chooses(dense, reference) else "half the relative squared error",
+        measure="KL, nats" if is_categorical(dense, reference) else "half the relative squared error",
         top1_agreement=agreeing / rows,
         scored_tokens=rows,
         text=text,
@@ -305,7 +237,7 @@ def classify(loaded: LoadedModel, source: str) -> Accuracy:
     """
     names = getattr(loaded.model.config, "label2id", None) or {}
     classes = int(loaded.model.config.num_labels or 0)
-    if loaded.kind != "encoder" or not has_logits(loaded.model):
+    if not loaded.kind.is_classifier(loaded.model):
         raise InputError(f"--accuracy needs a classifier, {type(loaded.model).__name__} is none")
     right = 0
     rows = read_labelled(source)
@@ -318,7 +250,7 @@ def classify(loaded: LoadedModel, source: str) -> Accuracy:
             )
         tokenizer = loaded.require_tokenizer()
         ids = tokenizer(text, truncation=True, max_length=loaded.context_length).input_ids
-        found = answer(run_model(loaded.model, Samples({"input_ids": torch.tensor([ids])})))
+        found = logits_of(run_model(loaded.model, Samples({"input_ids": torch.tensor([ids])})))
         right += int(found[0].argmax()) == wanted
     return Accuracy(accuracy=right / len(rows), text=source, texts=len(rows))
 
@@ -329,7 +261,7 @@ def speed(loaded: LoadedModel) -> Speed:
 
     Raises: InputError for a model that does not write text token by token.
     """
-    if loaded.kind != "causal":
+    if not loaded.kind.timed_by_token:
         raise InputError(
             f"--speed is for models that write token by token, not {type(loaded.model).__name__}"
         )

@@ -16,10 +16,12 @@ from recipes import on
 from transformers import PreTrainedModel
 
 from lrsd.checkpoint.reader import stored_bytes
+from recipes import on
 from lrsd.compress import compress
 from lrsd.data.sources import read_text
-from lrsd.data.tokens import calibration_samples, example
-from lrsd.evaluate import Question, divergence, perplexity, questions
+from lrsd.data.tokens import calibration_samples, evaluation_items
+from lrsd.evaluate import divergence, perplexity
+from lrsd.model.kinds.base import EvaluationItem
 from lrsd.model.layout import find_layout
 from lrsd.model.load import LoadedModel, fingerprint, load_model
 from lrsd.model.replay import Replay
@@ -82,11 +84,11 @@ class Bench:
             source=args.calib, samples=args.samples, seqlen=args.seqlen, seed=args.seed
         )
         self.dense = load_model(self.model)
-        self.questions = {Path(text).name: self._questions(text) for text in args.eval}
+        self.items = {Path(text).name: self._items(text) for text in args.eval}
         protocol = (
             f"{Path(self.model).name} (stored as {self.dense.stored_as}), calibrated on {args.samples} x "
             f"{args.seqlen} tokens of {Path(args.calib).name} (seed {args.seed}), token perplexity on the "
-            f"first {args.windows} windows of {args.length} tokens of {', '.join(self.questions)}, "
+            f"first {args.windows} windows of {args.length} tokens of {', '.join(self.items)}, "
             f"{self.dense.model.dtype}"
         )
         print(f"{protocol}, {torch.get_num_threads()} threads", flush=True)
@@ -106,7 +108,7 @@ class Bench:
         workspace = Path(tempfile.mkdtemp(prefix="lrsd-bench-"))
         try:
             start = time.perf_counter()
-            manifest = compress(self.model, workspace / "out", on(settings, self.calibration), Log())
+            manifest = compress(self.model, workspace / "out", on(on(settings, self.calibration), Log()))
             seconds = time.perf_counter() - start
             packed = load_model(str(workspace / "out"))
             on_disk = stored_bytes(workspace / "out", manifest.layers)
@@ -139,7 +141,7 @@ class Bench:
             **more,
         }
         if with_divergence:
-            distance = divergence(model, self.dense.model, next(iter(self.questions.values())), "eval")
+            distance = divergence(model, self.dense.model, next(iter(self.items.values())), "eval")
             row |= {"KL": distance.kl, "top-1": distance.top1_agreement}
         self._add(row)
         return row
@@ -148,14 +150,14 @@ class Bench:
         """One dense pass over the calibration text, for any number of `SharedSurvey.run`."""
         return SharedSurvey(self)
 
-    def _questions(self, text: str) -> list[Question]:
+    def _items(self, text: str) -> list[EvaluationItem]:
         content = read_text(text, split="test", option="--eval")
-        return questions(self.dense, content, self.args.length, self.args.windows)
+        return evaluation_items(self.dense, content, self.args.length, self.args.windows)
 
     def _perplexities(self, loaded: LoadedModel) -> dict[str, float]:
         """By column of the table: "perplexity" on the first text, "perplexity, NAME" on the others."""
-        scores = [perplexity(loaded, asked, "eval").perplexity for asked in self.questions.values()]
-        names = ["perplexity", *(f"perplexity, {name}" for name in list(self.questions)[1:])]
+        scores = [perplexity(loaded, items, "eval").perplexity for items in self.items.values()]
+        names = ["perplexity", *(f"perplexity, {name}" for name in list(self.items)[1:])]
         return dict(zip(names, scores, strict=True))
 
     def _add(self, row: dict[str, Any]) -> None:
@@ -188,7 +190,7 @@ class SharedSurvey:
     def _start(self) -> None:
         bench = self.bench
         self.model = deepcopy(bench.dense.model)
-        self.layout = find_layout(self.model, example(bench.dense))
+        self.layout = find_layout(self.model, bench.dense.kind.example(self.model))
         identity = fingerprint(self.dense)
         with torch.inference_mode():
             self.samples = calibration_samples(bench.dense, identity, bench.calibration, Progress())

@@ -43,10 +43,11 @@ from lrsd_cli.main import _settings, commands
 
 from lrsd.checkpoint.manifest import read_manifest
 from lrsd.checkpoint.verify import verify
-from lrsd.data.sources import read_features, read_labelled, read_pairs, read_text, text_identity
-from lrsd.data.tokens import example, tokenize
+from lrsd.data.sources import read_labelled, read_pairs, read_tensors, read_text, text_identity
+from lrsd.data.tokens import tokenize
 from lrsd.errors import LrsdError
 from lrsd.export.dense import export_dense
+from lrsd.model.kinds.speech import Speech
 from lrsd.model.load import load_model
 from lrsd.model.samples import Samples, try_running
 from lrsd.report import summary_lines
@@ -222,7 +223,7 @@ def read(kind: str, fixtures: Fixtures) -> list[torch.Tensor]:
     source = case / "model.gguf" if kind == "gguf" else case
     loaded = load_model(str(source), device="cpu")
     tokenize(loaded.require_tokenizer(), "One sentence, then another.\n\n")
-    try_running(loaded.model, example(loaded))
+    try_running(loaded.model, loaded.kind.example(loaded.model))
     return list(loaded.model.parameters())
 
 
@@ -231,7 +232,7 @@ def read_texts(path: Path) -> list[torch.Tensor]:
     refused: list[LrsdError] = []
     for reader in (
         lambda name: read_text(name, split="train", option="--calib"), read_pairs, read_labelled,
-        lambda name: read_features(name, "--calib"), text_identity,
+        lambda name: read_tensors(name, Speech(), "--calib"), text_identity,
     ):  # fmt: skip
         try:
             reader(str(path))

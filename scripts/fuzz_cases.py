@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from recipes import on
 from lrsd.compress import compress
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
@@ -119,7 +120,7 @@ def make_fixtures(root: Path) -> Fixtures:
 
     def compressed(name: str, progress: Progress | None = None, **settings: Any) -> None:
         chosen = Recipe.of(device="cpu", **settings)
-        compress(str(base / "dense"), base / name, on(chosen, calibration), progress)
+        compress(str(base / "dense"), base / name, on(on(chosen, calibration), progress))
 
     compressed("entropy", ratio=3.0, scope="checkpoint")
     compressed("fixed", ratio=2.5, coding="fixed", shard_size="50KB")

@@ -9,8 +9,8 @@ from recipes import on
 from lrsd.checkpoint.reader import stored_bytes
 from lrsd.compress import compress
 from lrsd.errors import BudgetError
-from lrsd.numerics.allocate import Codes, LayerCurve, LayerPlan
 from lrsd.forms.base import Shape
+from lrsd.numerics.allocate import Codes, LayerCurve, LayerPlan
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
 from lrsd.steps.fit import Purse

@@ -25,12 +25,13 @@ from safetensors.torch import load_file, save_file
 from lrsd.checkpoint.manifest import read_manifest
 from lrsd.checkpoint.verify import verify
 from lrsd.compress import compress
-from lrsd.data.sources import read_features, read_labelled, read_pairs, read_text
+from lrsd.data.sources import read_labelled, read_pairs, read_tensors, read_text
 from lrsd.data.tokens import tokenize
 from lrsd.errors import CheckpointError, InputError, LrsdError
 from lrsd.export.dense import export_dense
 from lrsd.intake.json import parse_json, read_json
 from lrsd.intake.safetensors import INDEX_NAME, take_inventory
+from lrsd.model.kinds.speech import Speech
 from lrsd.model.load import load_model
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
@@ -378,7 +379,7 @@ READERS: dict[str, Callable[[str], object]] = {
     "text": lambda path: read_text(path, split="train", option="--calib"),
     "pairs": read_pairs,
     "labelled": read_labelled,
-    "features": lambda path: read_features(path, "--calib"),
+    "features": lambda path: read_tensors(path, Speech(), "--calib"),
 }
 
 

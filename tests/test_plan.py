@@ -5,13 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 from recipes import on
-from torch import Tensor
 
 import lrsd.steps.plan
 from lrsd.compress import compress, dry_run
-from lrsd.model import samples as samples_module
 from lrsd.model.load import load_model
-from lrsd.model.samples import answer, distance, run_model
+from lrsd.model.samples import distance, logits_of, run_model
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
 from lrsd.steps.observe import HELD_OUT
@@ -32,25 +30,7 @@ def test_what_is_compared_is_what_would_be_lost(
     dense, packed = (load_model(str(path)).model for path in (tiny_model_dir, tmp_path / "out"))
     held_out = prepared.samples[-len(prepared.samples) // HELD_OUT :]
     reference, found, after = (
-        answer(run_model(model, held_out)) for model in (dense, packed, prepared.loaded.model)
+        logits_of(run_model(model, held_out)) for model in (dense, packed, prepared.loaded.model)
     )
     assert compared["uniform"] == pytest.approx(distance(dense, reference, found), rel=0.05)
     torch.testing.assert_close(after, reference, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("values", [1, 1000, 10**9])
-@pytest.mark.parametrize("classes", [1, 300])
-def test_answers_are_compared_in_pieces(
-    tiny_model_dir: Path, values: int, classes: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    model, generator = load_model(str(tiny_model_dir)).model, torch.Generator().manual_seed(0)
-    monkeypatch.setattr(samples_module, "DISTANCE_VALUES", values)
-    reference, found = (torch.randn(50, classes, generator=generator) for _ in range(2))
-    assert distance(model, reference, found) == pytest.approx(whole(reference, found), rel=1e-5)
-
-
-def whole(reference: Tensor, found: Tensor) -> float:
-    if reference.shape[1] == 1:
-        return float(((found - reference) ** 2 / reference**2).mean()) / 2
-    first, second = reference.double().softmax(-1), found.double().softmax(-1)
-    return float((first * (first / second).log()).sum(-1).mean())

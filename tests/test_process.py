@@ -11,13 +11,15 @@ import gguf
 import numpy as np
 import pytest
 from gguf import GGUFReader, GGUFWriter
+from recipes import on
 from transformers import AutoModelForCausalLM, LlamaConfig, modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 from lrsd.compress import compress, dry_run
 from lrsd.model.load import gguf_parsed_once, load_model, without_bars
 from lrsd.progress import Progress
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 from lrsd.work import process
 from lrsd.work.process import OwnProcess, Process, own_process
 from lrsd.work.residency import Residence
@@ -91,8 +93,8 @@ def test_a_library_call_leaves_its_surroundings_as_they_were(
             assert surroundings() == before
 
     monkeypatch.setattr(process, "_libc", Watched)
-    calibration = CalibrationSettings(source=str(text_file), samples=4, seqlen=32)
-    compress(str(gguf_file), tmp_path / "out", CompressionSettings(ratio=4), calibration, Watch())
+    calibration = Calibration(calib=str(text_file), samples=4, seqlen=32)
+    compress(str(gguf_file), tmp_path / "out", on(Recipe.of(ratio=4), calibration), Watch())
     assert surroundings() == before
     assert "mallopt" not in used
     OwnProcess().release_at_once(2**23)
@@ -101,10 +103,10 @@ def test_a_library_call_leaves_its_surroundings_as_they_were(
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux pages weights")
 def test_no_hooks_stay_on_a_paged_model(tiny_model_dir: Path, text_file: Path) -> None:
-    calibration = CalibrationSettings(source=str(text_file), samples=4, seqlen=32)
+    calibration = Calibration(calib=str(text_file), samples=4, seqlen=32)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lrsd.work.residency._RESIDENT", 0.0)
-        prepared = dry_run(str(tiny_model_dir), CompressionSettings(ratio=4), calibration)
+        prepared = dry_run(str(tiny_model_dir), on(Recipe.of(ratio=4), calibration))
     assert prepared.subject.residence.paged
     for module in prepared.loaded.model.modules():
         assert not module._forward_hooks

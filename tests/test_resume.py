@@ -17,11 +17,13 @@ from typing import Any
 
 import pytest
 import torch
+from recipes import on
 from safetensors.torch import load_file, save_file
 
 from lrsd.compress import compress
 from lrsd.errors import InputError, LrsdError, StorageError
-from lrsd.settings import CalibrationSettings, CompressionSettings
+from lrsd.recipe import Recipe
+from lrsd.settings import Calibration
 from lrsd.work import files, journal, streams
 from lrsd.work.journal import JOURNAL, Journal, partial_directory
 from lrsd.work.records import read_record
@@ -29,7 +31,7 @@ from lrsd.work.records import read_record
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 # With propagation every part of the work writes: moments, both streams, a block's own inputs, packed layers.
-SETTINGS = CompressionSettings(ratio=4, propagate=True, batch=4)
+SETTINGS = Recipe.of(ratio=4, propagate=True, batch=4)
 SAMPLES = 8
 
 Run = Callable[..., dict[str, bytes]]
@@ -41,9 +43,9 @@ def run(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> Run:
 
     def start(model: Path = tiny_model_dir, text: Path = text_file, **changes: Any) -> dict[str, bytes]:
         resume, settings = changes.pop("resume", True), changes.pop("settings", SETTINGS)
-        calibration = CalibrationSettings(source=str(text), **{"samples": SAMPLES, "seqlen": 32} | changes)
+        calibration = Calibration(calib=str(text), **{"samples": SAMPLES, "seqlen": 32} | changes)
         output = tmp_path / "work" / "out"
-        compress(str(model), output, settings, calibration, resume=resume)
+        compress(str(model), output, on(settings, calibration), resume=resume)
         assert not partial_directory(output).exists()
         found = {path.name: path.read_bytes() for path in output.iterdir() if path.name != "run.json"}
         for path in output.iterdir():
@@ -278,10 +280,10 @@ def test_the_same_weights_with_another_configuration_or_tokenizer_are_another_mo
     ("changes", "field"),
     [
         (
-            {"settings": CompressionSettings(ratio=3, propagate=True, batch=4)},
+            {"settings": Recipe.of(ratio=3, propagate=True, batch=4)},
             r"recipe.ratio was '4x', is '3x'",
         ),
-        ({"settings": CompressionSettings(ratio=4, batch=4)}, "recipe.propagate was True, is None"),
+        ({"settings": Recipe.of(ratio=4, batch=4)}, "recipe.propagate was True, is None"),
         ({"seed": 1}, "recipe.seed was 0, is 1"),
         ({"samples": 9}, "recipe.samples was 8, is 9"),
     ],
@@ -316,21 +318,21 @@ def test_a_finished_command_may_be_repeated_with_resume(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     """A job that is queued again prints the same manifest; another command's result is left alone."""
-    calibration = CalibrationSettings(source=str(text_file), samples=SAMPLES, seqlen=32)
+    calibration = Calibration(calib=str(text_file), samples=SAMPLES, seqlen=32)
     output = tmp_path / "out"
 
-    def run(model: Path = tiny_model_dir, settings: CompressionSettings = SETTINGS) -> Any:
-        return compress(str(model), output, settings, calibration, resume=True)
+    def run(model: Path = tiny_model_dir, settings: Recipe = SETTINGS) -> Any:
+        return compress(str(model), output, on(settings, calibration), resume=True)
 
     first = run()
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
     assert run() == first
     with pytest.raises(InputError, match="holds the result of another run: ratio was 4, is 3"):
-        run(settings=CompressionSettings(ratio=3, propagate=True, batch=4))
+        run(settings=Recipe.of(ratio=3, propagate=True, batch=4))
     with pytest.raises(InputError, match="holds the result of another run: model was"):
         run(model=other_model(tiny_model_dir, tmp_path / "other"))
     with pytest.raises(InputError, match="already exists and is not empty"):
-        compress(str(tiny_model_dir), output, SETTINGS, calibration)
+        compress(str(tiny_model_dir), output, on(SETTINGS, calibration))
     after = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
     assert after == before
 
@@ -435,7 +437,7 @@ def test_a_resumed_run_decodes_each_record_once(
     run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed after everything was fitted; the fit that is left undone reads moments, which hold no curves."""
-    settings = CompressionSettings(ratio=4, propagate=False, batch=4)
+    settings = Recipe.of(ratio=4, propagate=False, batch=4)
     with monkeypatch.context() as patch:
         patch.setattr("lrsd.compress.write_checkpoint", lambda *arguments: _stop(0, None))
         with pytest.raises(KeyboardInterrupt):
@@ -504,5 +506,5 @@ def test_a_directory_in_the_way_is_left_alone(run: Run, partial: Path) -> None:
 
 def test_work_that_would_end_the_same_is_not_kept(run: Run, partial: Path) -> None:
     with pytest.raises(LrsdError, match="ratio"):
-        run(settings=CompressionSettings(ratio=1000))
+        run(settings=Recipe.of(ratio=1000))
     assert not partial.exists()

@@ -14,12 +14,15 @@ from torch import Tensor
 from lrsd.errors import InputError
 from lrsd.intake.json import parse_json
 from lrsd.intake.safetensors import read_header
+from lrsd.model.kinds.base import Kind
 
 # Hub data sets by short name: path, configuration, and the column that holds the text.
 _KNOWN = {
     "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
     "c4": ("allenai/c4", "en", "text"),
 }
+# What a source holds, opened: a text, pairs of a source and a target text, or tensors by name.
+Content = str | list[tuple[str, str]] | dict[str, Tensor]
 
 
 # Documents streamed from a hub data set at most: enough for millions of tokens of any of them.
@@ -29,6 +32,15 @@ _MAX_DOCUMENTS = 20_000
 # Bytes of a local text, thousands of times what a calibration reads; and of a stretch of it without a space
 # or line break, on which tokenizers take quadratic time and memory.
 _LARGEST_TEXT, _LONGEST_WORD = 2**26, 2**20
+
+
+def read_content(source: str, kind: Kind, *, split: str, option: str) -> Content:
+    """A source opened as that kind of model reads it; see `read_tensors`, `read_pairs` and `read_text`."""
+    if kind.tensors:
+        return read_tensors(source, kind, option)
+    if kind.reads_pairs and (pairs := read_pairs(source)):
+        return pairs
+    return read_text(source, split=split, option=option)
 
 
 def read_text(source: str, *, split: str, option: str) -> str:
@@ -104,19 +116,24 @@ def read_pairs(source: str) -> list[tuple[str, str]]:
     return pairs
 
 
-def read_features(source: str, option: str) -> Tensor:
-    """`input_features` (N, channels, frames) of a safetensors file, as a feature extractor makes them."""
+def read_tensors(source: str, kind: Kind, option: str) -> dict[str, Tensor]:
+    """The tensors of a safetensors file that a kind of model reads.
+
+    Raises: InputError if there is no such file, or it lacks them, or they have other axes.
+    """
     require_text(source, option, features=True)
     try:
         shapes = {name: tensor.shape for name, tensor in read_header(Path(source))}
-        if len(shapes["input_features"]) != 3:
-            raise InputError(f"{option}: input_features of {source} have shape {shapes['input_features']}")
-        return load_file(source)["input_features"].float()
+        for name, axes in kind.tensors.items():
+            if len(shapes[name]) != len(axes):
+                raise InputError(f"{option}: {name} of {source} have shape {shapes[name]}")
+        tensors = load_file(source)
     except (OSError, SafetensorError, KeyError) as error:
+        wanted = " and ".join(f"{name} ({', '.join(axes)})" for name, axes in kind.tensors.items())
         raise InputError(
-            f"{option}: expected a safetensors file with input_features (samples, channels, frames) for a "
-            f"model that hears, got {source!r}"
+            f"{option}: expected a safetensors file with {wanted} for a {kind.name}, got {source!r}"
         ) from error
+    return {name: tensors[name] for name in kind.tensors}
 
 
 def read_labelled(source: str) -> list[tuple[str, str]]:

@@ -1,4 +1,4 @@
-"""Model inputs to calibrate and evaluate on, from text, pairs of texts, or features of sound."""
+"""Calibration samples and evaluation items: sources opened, texts cut into blocks of tokens."""
 
 from collections.abc import Iterator
 
@@ -6,124 +6,75 @@ import torch
 from torch import Tensor
 
 from lrsd.data.self_text import self_calibration
-from lrsd.data.sources import _LONGEST_WORD, read_features, read_pairs, read_text
+from lrsd.data.sources import _LONGEST_WORD, Content, read_content
 from lrsd.errors import InputError
+from lrsd.model.kinds.base import EvaluationItem
 from lrsd.model.load import LoadedModel, panics
 from lrsd.model.samples import Samples
-from lrsd.model.types import Model, Tokenizer
+from lrsd.model.types import Tokenizer
 from lrsd.progress import Progress
 from lrsd.settings import Calibration
 
 # Characters tokenized at once, where there are line breaks to cut at.
 _PIECE = 2**23
-_EXAMPLE_TOKENS = 8
 
 
 def calibration_samples(
     loaded: LoadedModel, identity: str, calibration: Calibration, progress: Progress
 ) -> Samples:
-    """What the model's activations are measured on: sampled from the model itself, or cut from a text.
+    """What the model's activations are measured on: sampled from the model itself, or made from a source.
 
-    A model of two stacks reads a block of the text and writes what follows it, or reads pairs, see
-    `read_pairs`; one that hears reads the `input_features` of a safetensors file, and answers by itself.
+    Args: identity: the model's fingerprint, by which text sampled from it is kept.
+    Raises: InputError for a source that the model cannot be calibrated on.
     """
-    if calibration.calib == "self" and loaded.kind != "causal":
-        raise InputError(
-            f"{type(loaded.model).__name__} cannot write its own calibration text; give --calib FILE"
-        )
-    limit = loaded.context_length
-    if limit is not None and calibration.seqlen > limit and loaded.kind != "speech":
-        raise InputError(f"the model reads at most {limit} tokens; lower --seqlen from {calibration.seqlen}")
-    if calibration.calib == "self":
-        tokens = self_calibration(loaded.model, loaded.require_tokenizer(), identity, calibration, progress)
-        return Samples({"input_ids": tokens})
-    if loaded.kind == "speech":
-        return speech_samples(loaded.model, calibration)
+    kind, model = loaded.kind, loaded.model
+    count, seqlen, source = calibration.samples, calibration.seqlen, calibration.calib
+    if source == "self" and not kind.writes_calibration_text:
+        raise InputError(f"{type(model).__name__} cannot write its own calibration text; give --calib FILE")
+    require_context(loaded, seqlen)
+    if source == "self":
+        tokenizer = loaded.require_tokenizer()
+        blocks = self_calibration(model, tokenizer, identity, calibration, progress)
+        return kind.samples_from_blocks(model, tokenizer, blocks)
+    content = read_content(source, kind, split="train", option="--calib")
+    if isinstance(content, dict):
+        return kind.samples_from_tensors(model, _rows(content, count), seqlen)
     tokenizer = loaded.require_tokenizer()
-    count, seqlen, seed = calibration.samples, calibration.seqlen, calibration.seed
-    if loaded.kind == "seq2seq" and (pairs := read_pairs(calibration.calib)):
-        return packed_pairs(loaded, pairs, calibration)
-    text = read_text(calibration.calib, split="train", option="--calib")
-    if loaded.kind == "seq2seq":
-        blocks = token_blocks(tokenizer, text, samples=count, seqlen=2 * seqlen, seed=seed)
-        return paired(loaded.model, blocks)
-    blocks = token_blocks(tokenizer, text, samples=count, seqlen=seqlen, seed=seed)
-    return Samples({"input_ids": blocks if loaded.kind == "causal" else enclosed(tokenizer, blocks)})
+    if isinstance(content, list):
+        return kind.samples_from_pairs(model, tokenizer, content, calibration)
+    length = kind.block_length(seqlen)
+    blocks = token_blocks(tokenizer, content, samples=count, seqlen=length, seed=calibration.seed)
+    return kind.samples_from_blocks(model, tokenizer, blocks)
 
 
-def example(loaded: LoadedModel) -> Samples:
-    """A smallest input, to trace the model with."""
-    model = loaded.model
-    tokens = torch.zeros(2, _EXAMPLE_TOKENS, dtype=torch.int64)  # two, since some heads take one at a time
-    if loaded.kind == "speech":
-        config = model.config
-        frames = 2 * config.max_source_positions  # the front end halves them
-        features = torch.zeros(2, config.num_mel_bins, frames)
-        return Samples({"input_features": features, "decoder_input_ids": tokens})
-    if loaded.kind == "seq2seq":
-        return Samples({"input_ids": tokens, "decoder_input_ids": tokens})
-    return Samples({"input_ids": tokens})
+def evaluation_items(
+    loaded: LoadedModel, content: Content, seqlen: int, windows: int | None
+) -> list[EvaluationItem]:
+    """What a model is evaluated on: the first `windows` non-overlapping windows of a text, pairs, or rows of
+    tensors (all of them if None).
 
-
-def paired(model: Model, blocks: Tensor) -> Samples:
-    """Blocks of tokens (N, 2 T) as sources (N, T) and the targets that follow them, behind a start token."""
-    half = blocks.shape[1] // 2
-    targets = behind_start(model, blocks[:, half:])
-    return Samples({"input_ids": blocks[:, :half], "decoder_input_ids": targets})
-
-
-def behind_start(model: Model, targets: Tensor) -> Tensor:
-    """What a decoder reads to write `targets` (N, T): a start token and all but the last of them."""
-    first = getattr(model.config, "decoder_start_token_id", None)
-    first = model.config.bos_token_id if first is None else first
-    return torch.cat([torch.full((len(targets), 1), 0 if first is None else first), targets[:, :-1]], 1)
-
-
-def packed_pairs(loaded: LoadedModel, pairs: list[tuple[str, str]], calibration: Calibration) -> Samples:
-    """Pairs one after the other, in samples of `seqlen` source tokens and as many target tokens as go with
-    them on average: samples are unpadded, so that a sample's ends need not meet.
-
-    Raises: InputError if there are fewer tokens than two samples have.
+    content: opened as its kind reads it, see `read_content`.
     """
-    tokenizer, model = loaded.require_tokenizer(), loaded.model
-    sources, targets = (
-        torch.cat([torch.tensor(tokenizer(pair[side]).input_ids) for pair in pairs]) for side in (0, 1)
-    )
-    seqlen = calibration.seqlen
-    written = max(2, seqlen * len(targets) // len(sources))
-    count = min(calibration.samples, len(sources) // seqlen, len(targets) // written)
-    if count < 2:
-        raise InputError(
-            f"--calib: {calibration.calib} has {len(sources)} source and {len(targets)} target tokens; two "
-            f"samples need {2 * seqlen} and {2 * written}; give more pairs or a smaller --seqlen"
-        )
-    return Samples({
-        "input_ids": sources[: count * seqlen].view(count, seqlen),
-        "decoder_input_ids": behind_start(model, targets[: count * written].view(count, written)),
-    })  # fmt: skip
+    kind, model = loaded.kind, loaded.model
+    if isinstance(content, dict):
+        return kind.items_from_tensors(model, _rows(content, windows), seqlen)
+    tokenizer = loaded.require_tokenizer()
+    if isinstance(content, list):
+        return kind.items_from_pairs(model, tokenizer, content[:windows], seqlen)
+    tokens = tokenize(tokenizer, content)
+    blocks = evaluation_windows(tokens, kind.block_length(seqlen), windows)
+    return kind.items_from_blocks(model, tokenizer, blocks)
 
 
-def enclosed(tokenizer: Tokenizer, blocks: Tensor) -> Tensor:
-    """Blocks whose first and last token are those an encoder expects there, where its tokenizer has such."""
-    enclosed = blocks.clone()
-    for place, token in ((0, tokenizer.cls_token_id), (-1, tokenizer.sep_token_id)):
-        if token is not None:
-            enclosed[:, place] = token
-    return enclosed
+def require_context(loaded: LoadedModel, seqlen: int) -> None:
+    """Raises: InputError if the model has too few positions for `seqlen` tokens."""
+    limit = loaded.context_length
+    if limit is not None and seqlen > limit and loaded.kind.limited_by_context:
+        raise InputError(f"the model reads at most {limit} tokens; lower --seqlen from {seqlen}")
 
 
-def speech_samples(model: Model, calibration: Calibration) -> Samples:
-    """Features of sound from a safetensors file, and what the model itself hears in them.
-
-    Raises: InputError if the file holds no `input_features` (N, channels, frames).
-    """
-    features = read_features(calibration.calib, "--calib")[: calibration.samples]
-    length = min(calibration.seqlen, model.config.max_target_positions - 1)
-    targets = model.generate(  # type: ignore[operator]
-        features.to(model.device, model.dtype), max_new_tokens=length, min_new_tokens=length, do_sample=False
-    )
-    read = behind_start(model, targets[:, :length].cpu())
-    return Samples({"input_features": features, "decoder_input_ids": read})
+def _rows(tensors: dict[str, Tensor], count: int | None) -> dict[str, Tensor]:
+    return {name: tensor[:count] for name, tensor in tensors.items()}
 
 
 def token_blocks(tokenizer: Tokenizer, text: str, *, samples: int, seqlen: int, seed: int) -> Tensor:
@@ -140,6 +91,21 @@ def token_blocks(tokenizer: Tokenizer, text: str, *, samples: int, seqlen: int, 
     generator = torch.Generator().manual_seed(seed)
     starts = torch.randint(tokens.numel() - seqlen + 1, (samples,), generator=generator)
     return torch.stack([tokens[start : start + seqlen] for start in starts.tolist()])
+
+
+def evaluation_windows(tokens: Tensor, seqlen: int, windows: int | None) -> Tensor:
+    """The first `windows` non-overlapping windows of `seqlen` tokens (all whole ones if None).
+
+    Raises: InputError if the text is shorter than that.
+    """
+    whole = tokens.numel() // seqlen
+    wanted = windows if windows is not None else max(whole, 1)
+    if whole < wanted:
+        raise InputError(
+            f"evaluation text has {tokens.numel()} tokens, {wanted} windows of {seqlen} need "
+            f"{wanted * seqlen}; lower --windows or --seqlen"
+        )
+    return tokens[: wanted * seqlen].view(wanted, seqlen)
 
 
 def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:

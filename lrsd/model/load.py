@@ -32,7 +32,8 @@ from transformers.utils.hub import cached_file
 from lrsd.errors import InputError, LrsdError, NumericsError
 from lrsd.intake.gguf import read_gguf_header
 from lrsd.intake.safetensors import StoredTensor, take_inventory
-from lrsd.model.samples import Kind, kind_of
+from lrsd.model.kinds import KINDS, kind_of
+from lrsd.model.kinds.base import Kind
 
 # Weights that a configuration may ask for per value stored: some models make others of their own; a packed
 # byte holds up to 32.
@@ -55,7 +56,7 @@ _PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A dense or compressed model on its device in evaluation mode; a tokenizer unless it hears sound.
+    """A dense or compressed model on its device in evaluation mode; a tokenizer, or none of a speech model.
 
     stored_as: how the source held the weights ("bfloat16", "GGUF Q4_1", ...), for the report. ignored: names
     of tensors that the files hold beyond the model.
@@ -72,7 +73,7 @@ class LoadedModel:
         return kind_of(self.model)
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
-        """Raises: InputError if there is none: models that hear may come without."""
+        """Raises: InputError if there is none: speech models may come without."""
         if self.tokenizer is None:
             raise InputError(f"{self.source} has no tokenizer; put tokenizer.json beside the weights")
         return self.tokenizer
@@ -129,7 +130,7 @@ def _load(source: str, dtype: str, device: str, memory: int | None) -> LoadedMod
     try:
         tokenizer = _load_tokenizer(where, source, arguments)
     except InputError:
-        if model.main_input_name != "input_features":
+        if kind_of(model).needs_tokenizer(model):
             raise
     nn.Module.to(model, target)
     stored_as = native
@@ -198,7 +199,7 @@ def _check_room(
 
 
 def fingerprint(loaded: LoadedModel, weights: Iterable[tuple[str, Tensor]] | None = None) -> str:
-    """A short hash of what a model answers by: all weights with their names, shapes and types, its
+    """A short hash of what a model's outputs depend on: all weights with their names, shapes and types, its
     configuration, its tokenizer. weights: the model's, one after the other, where they are not all in memory.
     """
     model, tokenizer = loaded.model, loaded.tokenizer
@@ -250,7 +251,8 @@ def _has_float64(device: torch.device) -> bool:
 
 
 def _model_class(config: PretrainedConfig) -> Any:
-    """The class that the configuration names; a language model where it names none.
+    """The class that the configuration names; a language model where it names none, or one of several media
+    that no kind reads.
 
     Raises: InputError if that class is of another kind of model than the configuration.
     """
@@ -262,7 +264,9 @@ def _model_class(config: PretrainedConfig) -> Any:
             "the architectures and the model_type in config.json must agree"
         )
     several_media = not config.is_encoder_decoder and "ConditionalGeneration" in str(named)
-    return named if is_text_model and not several_media else AutoModelForCausalLM
+    if not is_text_model or (several_media and not any(kind.loads_whole(named) for kind in KINDS)):
+        return AutoModelForCausalLM
+    return named
 
 
 def copy_processor(source: str, target: Path) -> None:

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from lrsd.errors import InputError
 from lrsd.model.layout import Block, Layout
 from lrsd.model.load import check_finite
-from lrsd.model.samples import Samples, answer, run_model
+from lrsd.model.samples import Samples, logits_of, run_model
 from lrsd.work.streams import Stream
 from lrsd.work.world import World
 
@@ -168,8 +168,8 @@ class Replay:
         # 16-bit rounding of the shifted sum allows no more than a few per cent of the shift.
         return bool((moved - shift).abs().median() < 0.05 * shift)
 
-    def answer_from(self, index: int, samples: Samples, hidden: Tensor, every: int = 1) -> Tensor:
-        """The model's `answer` to batch 0, `samples`, when block `index` reads `hidden`; the model's own code
+    def logits_from(self, index: int, samples: Samples, hidden: Tensor, every: int = 1) -> Tensor:
+        """The model's logits for batch 0, `samples`, when block `index` reads `hidden`; the model's own code
         runs what follows.
 
         every: of a causal model, the logits of every so many tokens only, which spares most of the head.
@@ -190,7 +190,7 @@ class Replay:
         handle = self.block(index).register_forward_pre_hook(enter, with_kwargs=True)
         try:
             with self._skipped(index):
-                return answer(run_model(self.model, samples, **more))
+                return logits_of(run_model(self.model, samples, **more))
         finally:
             handle.remove()
 

@@ -1,46 +1,24 @@
-"""Inputs of a model, of whatever kind it is, and its answer."""
+"""Inputs and outputs of a model, of whatever kind it is."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from inspect import signature
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import kl_div, log_softmax
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
-    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
-)
 
 from lrsd.errors import InputError
+from lrsd.numerics.divergence import mean_divergence
 
-# causal: predicts the next token; masked: a masked one; seq2seq: a target from a source text; speech: a
-# target from features of sound; encoder: anything else over token ids, a classifier or a bare encoder.
-Kind = Literal["causal", "masked", "seq2seq", "speech", "encoder"]
 _TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
-# Logits compared at once: a large vocabulary's take more than the model's blocks, several times over.
-DISTANCE_VALUES = 2**21
-
-
-def kind_of(model: PreTrainedModel) -> Kind:
-    if model.config.is_encoder_decoder:
-        return "speech" if model.main_input_name == "input_features" else "seq2seq"
-    name = type(model).__name__
-    if name in _names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
-        return "causal"
-    return "masked" if name in _names(MODEL_FOR_MASKED_LM_MAPPING_NAMES) else "encoder"
-
-
-def _names(mapping: Any) -> set[str]:
-    return {name for names in mapping.values() for name in ([names] if isinstance(names, str) else names)}
 
 
 @dataclass(frozen=True)
 class Samples:
     """Model inputs by name, one unpadded sample per row: input_ids (N, T), and for a model of two stacks
-    decoder_input_ids (N, T'), for one that hears input_features (N, channels, frames) instead of input_ids.
+    decoder_input_ids (N, T'), for a speech model input_features (N, channels, frames) instead of input_ids.
     """
 
     inputs: dict[str, Tensor]
@@ -93,8 +71,8 @@ def try_running(model: PreTrainedModel, example: Samples) -> None:
         ) from error
 
 
-def answer(output: Any) -> Tensor:
-    """What a model says, (rows, classes) in float32: its logits; of a bare encoder its last hidden states."""
+def logits_of(output: Any) -> Tensor:
+    """A model's logits, (rows, classes) in float32; of a bare encoder its last hidden states."""
     named = [getattr(output, name, None) for name in ("logits", "last_hidden_state")]
     found = next((value for value in named if isinstance(value, Tensor)), None)
     if found is None:
@@ -103,27 +81,14 @@ def answer(output: Any) -> Tensor:
 
 
 def distance(model: PreTrainedModel, reference: Tensor, found: Tensor) -> float:
-    """Mean over rows of KL(reference || found) in nats; of half the relative squared error where the answer
-    is no choice among classes: hidden states, a single number.
-
-    The latter is what KL comes to for a small change of an output that has a Gaussian's noise.
-    """
-    total, choice = 0.0, chooses(model, reference)
-    rows = max(1, DISTANCE_VALUES // reference.shape[-1])
-    for known, other in zip(reference.split(rows), found.split(rows), strict=True):
-        if choice:
-            first, second = log_softmax(other, -1), log_softmax(known, -1)
-            part = kl_div(first, second, reduction="sum", log_target=True)
-        else:
-            norms = known.square().sum(-1).clamp(min=torch.finfo(torch.float32).tiny)
-            part = ((other - known).square().sum(-1) / norms).sum() / 2
-        total += float(part)
-    return max(total, 0.0) / len(reference)
+    """Mean over rows of KL(reference || found) in nats; of half the relative squared error where the rows
+    are no logits of several classes, see `mean_divergence`."""
+    return mean_divergence(reference, found, categorical=is_categorical(model, reference))
 
 
-def chooses(model: PreTrainedModel, found: Tensor) -> bool:
-    """Whether an answer's rows are logits of several classes."""
-    return has_logits(model) and found.shape[-1] > 1
+def is_categorical(model: PreTrainedModel, logits: Tensor) -> bool:
+    """Whether rows of a model's `logits_of` are logits of several classes."""
+    return has_logits(model) and logits.shape[-1] > 1
 
 
 def has_logits(model: PreTrainedModel) -> bool:

@@ -10,8 +10,9 @@ import torch
 
 from lrsd.errors import InputError
 from lrsd.model.layout import Block, Layout
-from lrsd.model.samples import DISTANCE_VALUES, Samples
+from lrsd.model.samples import Samples
 from lrsd.model.types import Model
+from lrsd.numerics.divergence import DISTANCE_VALUES
 from lrsd.recipe import Recipe
 from lrsd.settings import parse_size
 from lrsd.steps.plan import compared_rows, may_propagate, needs_sensitivity

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from lrsd.errors import BudgetError
 from lrsd.model.replay import Replay
-from lrsd.model.samples import Samples, answer, distance, run_model
+from lrsd.model.samples import Samples, distance, logits_of, run_model
 from lrsd.model.slots import weight_slot
 from lrsd.numerics.allocate import (
     Allocation,
@@ -182,7 +182,7 @@ def _held_out_divergence(
     last = samples[-max(1, len(samples) // HELD_OUT) :]
     held_out = list(last[:_COMPARED_SAMPLES].cut(_COMPARED_TOKENS).split(1))
     for sample in held_out:
-        aside.append(answer(run_model(model, sample)))
+        aside.append(logits_of(run_model(model, sample)))
     with ExitStack() as replaced:
         for group in replay.layout.groups:
             metric = method.metric(observation.moments[group.name])
@@ -199,5 +199,5 @@ def _held_out_divergence(
             release_freed()
         total = 0.0
         for number, sample in enumerate(held_out):
-            total += distance(model, aside[number], answer(run_model(model, sample)))
+            total += distance(model, aside[number], logits_of(run_model(model, sample)))
         return total / len(held_out)

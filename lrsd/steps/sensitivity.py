@@ -142,4 +142,4 @@ class BlockProbe:
         return float(((moved**2).sum(-1) / norm).mean())
 
     def _answer(self) -> Tensor:
-        return self._replay.answer_from(self._index, self._samples, self._before, _READ_EVERY)
+        return self._replay.logits_from(self._index, self._samples, self._before, _READ_EVERY)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 from lrsd.data.sources import require_text, text_identity
-from lrsd.data.tokens import example
 from lrsd.errors import BudgetError, InputError
 from lrsd.forms.base import VALUE_BYTES
 from lrsd.model.embedding import embedding_names, packed_bytes
@@ -62,7 +61,7 @@ def load_source(
         raise InputError(f"{source} is already compressed; compress the dense model it was made from")
     unfuse_experts(loaded.model)
     residence = Residence(loaded.model, limit, process)
-    layout = find_layout(loaded.model, example(loaded), recipe.selection)
+    layout = find_layout(loaded.model, loaded.kind.example(loaded.model), recipe.selection)
     for name, weight in residence.passing():
         check_finite(name, weight)
     identity = fingerprint(loaded, residence.passing())

@@ -22,11 +22,10 @@ from transformers import PreTrainedModel
 
 from lrsd.checkpoint.reader import stored_bytes
 from lrsd.compress import compress
-from lrsd.data.tokens import example
 from lrsd.evaluate import evaluate
 from lrsd.export.dense import export_dense
 from lrsd.model.load import load_model
-from lrsd.model.samples import answer, run_model
+from lrsd.model.samples import logits_of, run_model
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
 
@@ -143,15 +142,16 @@ MODES = {"16 bit": {"ratio": 1.25, "bits": "16"}, "codes": {"ratio": 4.0}}
 
 @torch.inference_mode()
 def outputs(model: PreTrainedModel, directory: Path) -> Tensor:
-    """Its answer to tokens that are not all the same."""
-    samples = example(load_model(str(directory)))
+    """Its logits for tokens that are not all the same."""
+    loaded = load_model(str(directory))
+    samples = loaded.kind.example(loaded.model)
     inputs = {
         name: torch.randn(value.shape, generator=torch.Generator().manual_seed(0))
         if value.is_floating_point()
         else torch.arange(value.shape[1])[None] * 7 % 290 + 3
         for name, value in samples.inputs.items()
     }
-    return answer(run_model(model.eval(), type(samples)(inputs)))
+    return logits_of(run_model(model.eval(), type(samples)(inputs)))
 
 
 def calibration_for(family: Family, text_file: Path, tmp_path: Path) -> Calibration:

@@ -1,4 +1,4 @@
-"""What is asked of models that are no decoders, and which layers a user may choose."""
+"""Models that are no decoders: how they are calibrated and evaluated; which layers a user may choose."""
 
 import json
 from functools import partial
@@ -21,9 +21,10 @@ from transformers import (
 
 from lrsd.checkpoint.manifest import read_manifest
 from lrsd.compress import compress, dry_run
-from lrsd.data.tokens import calibration_samples, token_blocks
+from lrsd.data.sources import read_pairs
+from lrsd.data.tokens import calibration_samples, evaluation_items, token_blocks
 from lrsd.errors import InputError
-from lrsd.evaluate import evaluate, questions
+from lrsd.evaluate import evaluate
 from lrsd.intake.safetensors import shard_paths
 from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
@@ -91,28 +92,28 @@ def test_a_classifier_has_no_perplexity_and_says_what_to_ask(classifier: Path, t
         evaluate(str(classifier), (str(text_file),))
 
 
-def test_a_masked_model_is_asked_for_masked_tokens_only(make_model, text_file: Path) -> None:
+def test_a_masked_model_is_evaluated_on_masked_tokens_only(make_model, text_file: Path) -> None:
     loaded = load_model(str(make_model(BertConfig(**BERT), AutoModelForMaskedLM)))
-    asked = questions(loaded, text_file.read_text(), 40, 3)
-    assert [len(question.labels) for question in asked] == [6, 6, 6]
+    items = evaluation_items(loaded, text_file.read_text(), 40, 3)
+    assert [len(item.labels) for item in items] == [6, 6, 6]
     mask = loaded.require_tokenizer().mask_token_id
-    for question in asked:
-        shown = question.samples.inputs["input_ids"][0]
-        assert (shown == mask).nonzero().flatten().tolist() == question.rows.tolist()
-        assert not (question.labels == mask).any()
+    for item in items:
+        shown = item.samples.inputs["input_ids"][0]
+        assert (shown == mask).nonzero().flatten().tolist() == item.rows.tolist()
+        assert not (item.labels == mask).any()
 
 
-def test_a_model_of_two_stacks_is_asked_for_what_follows(make_model, text_file: Path) -> None:
+def test_a_model_of_two_stacks_is_evaluated_on_what_follows(make_model, text_file: Path) -> None:
     config = T5Config(
         vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=5
     )
     loaded = load_model(str(make_model(config, AutoModelForSeq2SeqLM)))
-    (question,) = questions(loaded, text_file.read_text(), 16, 1)
-    inputs = question.samples.inputs
+    (item,) = evaluation_items(loaded, text_file.read_text(), 16, 1)
+    inputs = item.samples.inputs
     assert inputs["decoder_input_ids"][0, 0] == 5
-    assert torch.equal(inputs["decoder_input_ids"][0, 1:], question.labels[:-1])
+    assert torch.equal(inputs["decoder_input_ids"][0, 1:], item.labels[:-1])
     plain = loaded.require_tokenizer()(text_file.read_text(), verbose=False).input_ids
-    assert [*inputs["input_ids"][0].tolist(), *question.labels.tolist()] == plain[:32]
+    assert [*inputs["input_ids"][0].tolist(), *item.labels.tolist()] == plain[:32]
 
 
 def test_pairs_calibrate_and_score_a_model_of_two_stacks(make_model, tmp_path: Path) -> None:
@@ -129,11 +130,11 @@ def test_pairs_calibrate_and_score_a_model_of_two_stacks(make_model, tmp_path: P
     assert sources.shape == (8, 32)
     assert 4 < targets.shape[1] < 20
     assert len(targets) == 8
-    asked = questions(loaded, str(path), 64, 3)
+    items = evaluation_items(loaded, read_pairs(str(path)), 64, 3)
     tokenizer = loaded.require_tokenizer()
-    for question, pair in zip(asked, pairs, strict=False):
-        assert tokenizer.decode(question.samples.inputs["input_ids"][0]) == pair["source"]
-        assert tokenizer.decode(question.labels) == pair["target"]
+    for item, pair in zip(items, pairs, strict=False):
+        assert tokenizer.decode(item.samples.inputs["input_ids"][0]) == pair["source"]
+        assert tokenizer.decode(item.labels) == pair["target"]
     manifest = compress(str(base), tmp_path / "out", on(Recipe.of(ratio=4), calibration))
     assert manifest.linear_bytes <= manifest.budget_bytes
     assert evaluate(str(tmp_path / "out"), (str(path),), windows=3).perplexity[0].windows == 3
@@ -262,6 +263,14 @@ def test_text_and_sound_are_not_confused(tiny_model_dir: Path, tmp_path: Path) -
     save_file({"input_features": torch.zeros(2, 4, 8)}, path)
     with pytest.raises(InputError, match="LlamaForCausalLM reads text; give that with --ppl"):
         evaluate(str(tiny_model_dir), (str(path),))
+
+
+def test_pairs_are_no_text(tiny_model_dir: Path, tmp_path: Path) -> None:
+    """Their path was read in their place."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({"source": "three sheep", "target": "trois moutons"}) + "\n")
+    with pytest.raises(InputError, match=r'pairs.jsonl:1: expected a JSON object with a "text" field'):
+        evaluate(str(tiny_model_dir), (str(path),), seqlen=8)
 
 
 def test_speed_is_for_models_that_write(classifier: Path) -> None:

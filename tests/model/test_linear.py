@@ -6,15 +6,15 @@ from functools import partial
 import pytest
 import torch
 from layers import random_layer
-from lrsd.numerics.rounding import HessianFactor, GroupCodes, EntropyCodes, round_groupwise, round_ecsq
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from lrsd.errors import CheckpointError
+from lrsd.forms.base import Shape
 from lrsd.forms.packed import PackedLinear
 from lrsd.model.slots import dense_linear
 from lrsd.numerics.allocate import LayerPlan
-from lrsd.forms.base import Shape
+from lrsd.numerics.rounding import EntropyCodes, GroupCodes, HessianFactor, round_ecsq, round_groupwise
 from lrsd.numerics.solver import (
     Decomposition,
     columns_plus_codes,

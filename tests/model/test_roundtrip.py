@@ -527,14 +527,14 @@ def test_replayed_blocks_give_the_models_own_logits(
         hidden = replay.inputs[0][0]
         for index in range(len(layout.blocks)):
             for every in (1, 5):
-                found = replay.answer_from(index, samples, hidden, every)
+                found = replay.logits_from(index, samples, hidden, every)
                 wanted = expected[:, ::every].flatten(0, 1)
                 torch.testing.assert_close(found, wanted, rtol=0, atol=1e-5)
             hidden = replay.run(index, 0, hidden)
     assert torch.equal(logits(model, tokens), expected), "the model is as it was"
 
 
-def test_answers_from_a_block_run_none_of_the_blocks_before(bases: dict[str, Path], tokens: Tensor) -> None:
+def test_logits_from_a_block_run_none_of_the_blocks_before(bases: dict[str, Path], tokens: Tensor) -> None:
     model = AutoModelForCausalLM.from_pretrained(bases["llama"]).eval()
     samples = Samples({"input_ids": tokens})
     layout = find_layout(model, samples)
@@ -543,7 +543,7 @@ def test_answers_from_a_block_run_none_of_the_blocks_before(bases: dict[str, Pat
         replay = Replay.start(model, layout, [samples])
         for name in layout.linears:
             model.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
-        replay.answer_from(1, samples, replay.inputs[0][0])
+        replay.logits_from(1, samples, replay.inputs[0][0])
     assert ran == [spec.name for group in layout.blocks[1].groups for spec in group.linears]
 
 

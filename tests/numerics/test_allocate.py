@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lrsd.errors import BudgetError
+from lrsd.forms.base import Shape
 from lrsd.forms.packed import Layer, PackedLinear
 from lrsd.numerics.allocate import (
     LayerCurve,
@@ -18,7 +19,6 @@ from lrsd.numerics.allocate import (
     dense_bytes,
     plan_bytes,
 )
-from lrsd.forms.base import Shape
 
 RATIOS = [1.1, 1.25, 1.6, 2.0, 4.0]
 # The linears of a block of SmolLM2-135M.

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from lrsd.numerics.rounding import DAMPING, hessian_factor, round_groupwise, round_ecsq
 from torch import Tensor
 
 from lrsd.errors import SolverError
 from lrsd.numerics.lowrank import ridged_cholesky, spectrum
+from lrsd.numerics.rounding import DAMPING, hessian_factor, round_ecsq, round_groupwise
 from lrsd.numerics.solver import (
     Decomposition,
     columns_plus_codes,

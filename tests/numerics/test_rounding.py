@@ -6,16 +6,6 @@ from functools import partial
 import pytest
 import torch
 from layers import DEGENERATE, KINDS, RandomLayer, random_layer
-from lrsd.numerics.rounding import (
-    GroupCodes,
-    EntropyCodes,
-    hessian_factor,
-    gaussian_table,
-    column_steps,
-    round_columns,
-    round_groupwise,
-    round_ecsq,
-)
 from torch import Tensor
 
 from lrsd.numerics.allocate import grid_bytes
@@ -23,6 +13,16 @@ from lrsd.numerics.coding import entropy_encode
 from lrsd.numerics.lowrank import spectrum
 from lrsd.numerics.moments import energy
 from lrsd.numerics.rates import lattice_plans, quantiser
+from lrsd.numerics.rounding import (
+    EntropyCodes,
+    GroupCodes,
+    column_steps,
+    gaussian_table,
+    hessian_factor,
+    round_columns,
+    round_ecsq,
+    round_groupwise,
+)
 from lrsd.numerics.solver import columns_plus_codes, decompose_coded, relative_error
 
 every_kind = pytest.mark.parametrize("kind", [*KINDS, *DEGENERATE])
