@@ -48,7 +48,7 @@ Examples:
 @click.command(epilog=_COMPRESS_EXAMPLES)
 @click.argument("model")
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New directory for the checkpoint.")
-@settings_options
+@settings_options  # type: ignore[untyped-decorator]  # mypy knows this package as `cli`
 @click.option(
     "--dry-run", is_flag=True, help="Show the plan per layer, its bytes and a time estimate; write nothing."
 )

@@ -1,4 +1,5 @@
-"""Settings as options: every field of a settings class is an option of the command line and a key of a recipe."""
+"""Settings as options: every field of a settings class is an option of the command line and a key of a
+recipe."""
 
 import json
 import tomllib

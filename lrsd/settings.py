@@ -1,5 +1,5 @@
-"""Settings: small frozen classes, validated at birth. Their fields are the options of the command line, the keys
-of a recipe and the rows of the README's table, each with its help beside it.
+"""Settings: small frozen classes, validated at birth. Their fields are the options of the command line, the
+keys of a recipe and the rows of the README's table, each with its help beside it.
 
 A method's own settings are in its file, see `lrsd.methods`.
 """

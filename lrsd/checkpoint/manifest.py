@@ -21,10 +21,10 @@ RUN_NAME = "run.json"
 class LayerRecord:
     """One linear weight in the manifest. error: measured relative output error against its target.
 
-    layer: its entry in config.json; None: the weight stayed dense. parameters: what its method made the offer of.
-    interpolation: how far its target moved from its own weight towards the one that makes up for the errors of its
-    inputs. state, reason, damping: of the solver. routed_tokens: of the calibration text, that reached this
-    expert; None: all of them.
+    layer: its entry in config.json; None: the weight stayed dense. parameters: what its method made the offer
+    of. interpolation: how far its target moved from its own weight towards the one that makes up for the
+    errors of its inputs. state, reason, damping: of the solver. routed_tokens: of the calibration text, that
+    reached this expert; None: all of them.
     """
 
     out_features: int
@@ -51,9 +51,9 @@ class LayerRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """lrsd.json: what was done, to what, and what came of it. text: digest or name of the calibration text. files: SHA-256 of every file beside it, but the
-    model card, which people edit. seconds by phase and memory in bytes differ from run to run: they are kept
-    apart, in run.json."""
+    """lrsd.json: what was done, to what, and what came of it. text: digest or name of the calibration text.
+    files: SHA-256 of every file beside it, but the model card, which people edit. seconds by phase and memory
+    in bytes differ from run to run: they are kept apart, in run.json."""
 
     base_model: str
     base_fingerprint: str

@@ -1,5 +1,5 @@
-"""`quantization_config` of config.json: the form of every packed layer by module name, embedding and head where
-these are in 8 bit, and modules of experts that were taken apart."""
+"""`quantization_config` of config.json: the form of every packed layer by module name, embedding and head
+where these are in 8 bit, and modules of experts that were taken apart."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -16,8 +16,8 @@ _FUSION = ("gated", "transposed")
 
 @dataclass(frozen=True)
 class Packing:
-    """layers: by module name; embeddings: modules in 8 bit; experts: how the model has each module of experts fused,
-    "gated" and "transposed"."""
+    """layers: by module name; embeddings: modules in 8 bit; experts: how the model has each module of experts
+    fused, "gated" and "transposed"."""
 
     layers: dict[str, Layer]
     embeddings: tuple[str, ...]
@@ -32,7 +32,8 @@ def parse_packing(entry: Any) -> Packing:
 
 
 def check_packing(entry: Any) -> None:
-    """The same but for the layers' entries, which only those need that read layers. Raises: CheckpointError."""
+    """The same but for the layers' entries, which only those need that read layers. Raises:
+    CheckpointError."""
     if not isinstance(entry, dict) or entry.get("quant_method") != "lrsd":
         raise CheckpointError(
             "config.json has no quantization_config of lrsd: it is no compressed checkpoint"

@@ -1,4 +1,5 @@
-"""Stored layers read back from the shards, checked against config.json; one at a time, wherever its tensors are."""
+"""Stored layers read back from the shards, checked against config.json; one at a time, wherever its tensors
+are."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,8 +19,8 @@ from lrsd.intake.safetensors import read_header, shard_paths, take_inventory
 
 @dataclass(frozen=True)
 class StoredLayer:
-    """One module's tensors as stored. packed: the linear layer that they make up, where it is a packed one; in_8_bit:
-    whether they are codes and scales of an embedding. shard: where its first tensor is."""
+    """One module's tensors as stored. packed: the linear layer that they make up, where it is a packed one;
+    in_8_bit: whether they are codes and scales of an embedding. shard: where its first tensor is."""
 
     name: str
     tensors: dict[str, Tensor]
@@ -28,7 +29,8 @@ class StoredLayer:
     in_8_bit: bool = False
 
     def dense(self) -> dict[str, Tensor]:
-        """Its tensors in a model that is not compressed, a packed weight as (O, I). Raises: CheckpointError."""
+        """Its tensors in a model that is not compressed, a packed weight as (O, I). Raises:
+        CheckpointError."""
         if self.packed is not None:
             weight = self.packed.dense_weight(self.tensors["weight"].dtype)
             bias = self.packed.bias
@@ -107,7 +109,8 @@ def _packed(name: str, layer: Layer, tensors: dict[str, Tensor]) -> PackedLinear
 
 
 def stored_bytes(directory: Path, layers: dict[str, Any] | None = None) -> int:
-    """Bytes of the tensors in the shards, as their headers say: all of them, or those of the named layers only."""
+    """Bytes of the tensors in the shards, as their headers say: all of them, or those of the named layers
+    only."""
     return sum(
         tensor.nbytes
         for shard in shard_paths(directory)

@@ -8,8 +8,8 @@ from pathlib import Path
 
 from lrsd.export.dense import export_dense
 
-# Directory of the checkpoint, new directory, what is called with the name of each layer done; gives the bytes of
-# tensors written.
+# Directory of the checkpoint, new directory, what is called with the name of each layer done; gives the bytes
+# of tensors written.
 Export = Callable[[Path, Path, Callable[[str], None]], int]
 
 EXPORTS: dict[str, Export] = {"dense": export_dense}

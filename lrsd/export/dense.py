@@ -68,7 +68,8 @@ def export_dense(directory: Path, target: Path, progress: Callable[[str], None] 
 
 
 def _dense_tensors(stored: StoredModel, layer: StoredLayer) -> Iterator[tuple[str, Tensor]]:
-    """A module's tensors under the names of the dense model; fused experts in the place of the first of them."""
+    """A module's tensors under the names of the dense model; fused experts in the place of the first of
+    them."""
     parent, _, number = layer.name.rpartition(".")
     experts, _, part = parent.rpartition(".")
     if (fusion := stored.packing.experts.get(experts)) is not None:

@@ -1,5 +1,5 @@
-"""What a stored form is: a frozen class that states its tensors. Its bytes, the checks on loading, its entry in
-config.json, multiply-adds and export follow from that statement.
+"""What a stored form is: a frozen class that states its tensors. Its bytes, the checks on loading, its entry
+in config.json, multiply-adds and export follow from that statement.
 
 A layer (`forms.layer.Layer`) is a sum of forms on its free rows and columns. A new form is one file with one
 class, and one line in `forms.FORMS`.

@@ -1,4 +1,5 @@
-"""Group-wise integer quantization: codes of a fixed width, a scale and a zero per row and group of columns."""
+"""Group-wise integer quantization: codes of a fixed width, a scale and a zero per row and group of
+columns."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -75,14 +75,15 @@ class Layer:
                 if name in specs:
                     raise ValueError(f"two of its parts store {name}")
                 specs[name] = spec
-        # The tensors of no rank at all, from whose sizes a reader knows the layer's; and under this name so that
-        # a loader that does not know packed layers fails on its shape.
+        # The tensors of no rank at all, from whose sizes a reader knows the layer's; and under this name so
+        # that a loader that does not know packed layers fails on its shape.
         if "weight" not in specs:
             specs |= LowRank(0).tensors(free)
         return specs
 
     def shape(self, tensors: Tensors) -> Shape:
-        """The layer's shape, from its tensors'. Raises: KeyError or ValueError if they cannot be a layer's."""
+        """The layer's shape, from its tensors'. Raises: KeyError or ValueError if they cannot be a
+        layer's."""
         (_, in_features), (others, _) = tensors["weight"].shape, tensors["coefficients"].shape
         pivots = tensors["pivots"].numel() if "pivots" in tensors else 0
         return Shape(others + pivots + self.rows, in_features + self.columns)

@@ -52,7 +52,8 @@ class LayerProblem:
     """min tr((W - A) G (W - A)^T) over what can be stored of one layer.
 
     W_OI: float64 target. dtype: of the 16-bit values that are stored. share: bytes that an equal share of
-    the budget comes to. bias_O: the layer's own; input_mean_I, target_mean_O: means that a bias could restore.
+    the budget comes to. bias_O: the layer's own; input_mean_I, target_mean_O: means that a bias could
+    restore.
     """
 
     W_OI: Tensor

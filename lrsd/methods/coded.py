@@ -46,8 +46,8 @@ def offer_entropy_coded(problem: LayerProblem, ranks: Sequence[int], *, bias: bo
 def offer_groupwise(
     problem: LayerProblem, widths: Sequence[int], group: int, shares: Sequence[float]
 ) -> Menu:
-    """Group-wise codes at each width, with each share of the columns kept at 16 bit: rounded at up to 4 bit to
-    see the error, wider ones quarter it per bit. Raises: SolverError."""
+    """Group-wise codes at each width, with each share of the columns kept at 16 bit: rounded at up to 4 bit
+    to see the error, wider ones quarter it per bit. Raises: SolverError."""
     shape = problem.shape
     nbytes, errors, kept, bits = [], [], [], []
     for share in shares:
@@ -111,8 +111,8 @@ def adjusted(choice: Choice, bits: float) -> Choice | None:
 
 
 def probe(problem: LayerProblem, menu: Menu) -> Probe:
-    """The layer rounded as an equal share would have it, or to 4 bit where that has more: below, the change of
-    the output drowns in the arithmetic."""
+    """The layer rounded as an equal share would have it, or to 4 bit where that has more: below, the change
+    of the output drowns in the arithmetic."""
     share = min(problem.share, _PROBE_BITS / 16 * problem.shape.dense_bytes)
     choice = menu.choice(menu.within(share) or 0)
     if choice.is_dense:

@@ -17,8 +17,8 @@ _KEPT = 0.37
 
 @dataclass(frozen=True, kw_only=True)
 class Ssd(Method):
-    """W ~ L + S, S the entries above their column's mean magnitude within a few columns, truncated SVD of W - S
-    alternating with the choice of S on W - L; one energy threshold for all layers.
+    """W ~ L + S, S the entries above their column's mean magnitude within a few columns, truncated SVD of W -
+    S alternating with the choice of S on W - L; one energy threshold for all layers.
 
     Source: "Compact and Compressible Representations for LLMs Using Structured Sparse Decomposition"
     (ACL 2025), section 3.

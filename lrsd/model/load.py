@@ -242,7 +242,8 @@ def resolve_device(device: str) -> torch.device:
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """Where moments are summed and layers are solved: the device itself, or the CPU where it has no float64."""
+    """Where moments are summed and layers are solved: the device itself, or the CPU where it has no
+    float64."""
     return device if _has_float64(device) else torch.device("cpu")
 
 

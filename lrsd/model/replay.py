@@ -109,7 +109,8 @@ class Replay:
     ) -> None:
         """Run one block on every batch of this process: the only loop over batches.
 
-        Args: before, outputs: where its hidden states come from and go to; observe: called with number, hidden
+        Args: before, outputs: where its hidden states come from and go to; observe: called with number,
+        hidden
             states, output, and inputs by group name; until: the one group to look at, what comes after it in
             the block not being run: there is no output then.
         """

@@ -1,4 +1,5 @@
-"""The metric that weight errors are measured in, with its factors, made once for all layers that share inputs."""
+"""The metric that weight errors are measured in, with its factors, made once for all layers that share
+inputs."""
 
 from functools import cached_property
 

@@ -1,7 +1,9 @@
-"""Rounding a weight to integer codes with error feedback: each column's error moves the columns still to come.
+"""Rounding a weight to integer codes with error feedback: each column's error moves the columns still to
+come.
 
 Two kinds of codes: entropy-coded scalar quantization (ECSQ), one step per column and no bound on the codes,
-whose bytes are what an entropy coder needs; and group-wise codes of 2^b levels, whose bytes are known beforehand.
+whose bytes are what an entropy coder needs; and group-wise codes of 2^b levels, whose bytes are known
+beforehand.
 """
 
 import math

@@ -1,4 +1,5 @@
-"""The byte ledger: the sum of all layers lands on the budget although an entropy coder decides what each takes."""
+"""The byte ledger: the sum of all layers lands on the budget although an entropy coder decides what each
+takes."""
 
 from collections.abc import Mapping, Sequence
 from typing import Protocol
@@ -14,9 +15,9 @@ class _Adjusts(Protocol):
 class ByteLedger:
     """What is left for the layers still to come, block by block.
 
-    What a block took more or less than planned is shared by the adjustable layers of all blocks after it, through
-    a like change of their bits per weight; the last adjustable layer of all is fitted to what is left. Within a
-    block no layer's plan depends on what another one took. Linear in the number of layers.
+    What a block took more or less than planned is shared by the adjustable layers of all blocks after it,
+    through a like change of their bits per weight; the last adjustable layer of all is fitted to what is
+    left. Within a block no layer's plan depends on what another one took. Linear in the number of layers.
     """
 
     # How far below what is left the last layer may stay, as a fraction of the whole budget.

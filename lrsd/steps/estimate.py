@@ -23,8 +23,8 @@ from lrsd.work.residency import Residence
 # Square float64 matrices of a group's width held at once while its layers are solved: G, its parts, a
 # factor and an inverse; and weights in float64 or twice in float32.
 _SQUARES, _WEIGHTS = 5, 4
-# The same for a group that is fitted on the compressed model's activations: moments and cross moments of two parts,
-# their sums, G, damped, and its factor; own weights, targets and steps of all its layers together.
+# The same for a group that is fitted on the compressed model's activations: moments and cross moments of two
+# parts, their sums, G, damped, and its factor; own weights, targets and steps of all its layers together.
 _PAIR_SQUARES, _PAIR_WEIGHTS = 9, 8
 # Float32 copies of logits while two models' are compared: their log-probabilities, and what becomes of them.
 _COPIES = 5
@@ -33,9 +33,10 @@ _MENU = 20_000
 # Streams of hidden states on disk at once: entering block 0, entering this block, leaving it; with
 # propagation a dense and a compressed pair, and what the block's last layer adds to the residual stream.
 _STREAMS = {False: 3, True: 6}
-# Time as multiples of one pass over the calibration text, of the calibration pass and of a fit that propagates;
-# and of one product W G of every layer in float64, with codes and at 16 bit, of each. Fitted to SmolLM2-135M on
-# two cores (`scripts/bench_peer_time.py`, `scripts/bench_time.py --bits 16`): a rough guess anywhere else.
+# Time as multiples of one pass over the calibration text, of the calibration pass and of a fit that
+# propagates; and of one product W G of every layer in float64, with codes and at 16 bit, of each. Fitted to
+# SmolLM2-135M on two cores (`scripts/bench_peer_time.py`, `scripts/bench_time.py --bits 16`): a rough guess
+# anywhere else.
 _OBSERVE_PASSES, _FIT_PASSES = 1.5, 3
 _OBSERVE_PRODUCTS, _FIT_PRODUCTS = {True: 42, False: 48}, {True: 13, False: 72}
 # Side of the matrices by which the machine's speed is taken.

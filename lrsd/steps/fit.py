@@ -192,7 +192,8 @@ class _BlockFit:
         return targets
 
     def _propagated_targets(self, group: InputGroup, pair: Pair) -> dict[str, _Target]:
-        """Weights between W and W*, which makes up for the errors of its inputs, as far as held-out text agrees.
+        """Weights between W and W*, which makes up for the errors of its inputs, as far as held-out text
+        agrees.
 
         The held-out error is quadratic along W + b (W* - W), so that each layer's best b has a closed
         form. The layers of a group share the metric, so that their rows are solved for together.
@@ -288,8 +289,8 @@ class _BlockFit:
 
 
 def fit_within(limit: int, slack: int, solved: Callable[[float], T], nbytes: Callable[[T], int]) -> T:
-    """What `solved` gives at the most bits per weight whose bytes stay within `limit`, by bisection, until it is
-    no more than `slack` below. Raises: BudgetError if none does."""
+    """What `solved` gives at the most bits per weight whose bytes stay within `limit`, by bisection, until it
+    is no more than `slack` below. Raises: BudgetError if none does."""
     low, high = -math.inf, math.inf  # bits that fit, bits that do not
     bits, reach, best = 0.0, 0.05, None
     for _ in range(_TRIALS):

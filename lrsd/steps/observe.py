@@ -1,4 +1,5 @@
-"""The calibration pass: moments of every input group, what each layer offers, and how sensitive the output is."""
+"""The calibration pass: moments of every input group, what each layer offers, and how sensitive the output
+is."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -28,8 +29,8 @@ HELD_OUT = 8
 class Observation:
     """menus: what each layer offers; sensitivity: KL of the output per unit of relative error.
 
-    moments: by input group. routed: calibration tokens that reached each expert's layers. unsolved: layers that
-    offer nothing, and why.
+    moments: by input group. routed: calibration tokens that reached each expert's layers. unsolved: layers
+    that offer nothing, and why.
     """
 
     moments: Mapping[str, Moments]
@@ -71,7 +72,8 @@ def observe_model(
 ) -> Observation:
     """One dense pass, block by block: moments per input group, menus, sensitivities.
 
-    Args: samples: what the replay's batches and the probes are cut from; ratio: of the linear weights; probing:
+    Args: samples: what the replay's batches and the probes are cut from; ratio: of the linear weights;
+    probing:
         whether sensitivities are measured; workspace: where finished blocks are kept, and which are not
         observed again; moments, sensitivity: of an earlier observation of the same model and text, which
         spare the pass and the probes.

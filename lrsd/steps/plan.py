@@ -25,8 +25,8 @@ from lrsd.work.journal import Workspace
 from lrsd.work.process import release_freed
 from lrsd.work.streams import Stream
 
-# KL in nats per token below which a plan for codes is not calibrated on the compressed model's activations: on
-# SmolLM2-135M at 4x propagation took twice the time of all the rest and lowered the perplexity from 26.83
+# KL in nats per token below which a plan for codes is not calibrated on the compressed model's activations:
+# on SmolLM2-135M at 4x propagation took twice the time of all the rest and lowered the perplexity from 26.83
 # to 26.78. --propagate turns it on.
 _SMALL_KL = 0.1
 # KL below which the plan by sensitivities is not compared with equal shares: on SmolLM2-135M it was the
@@ -63,7 +63,8 @@ class Plan:
 
 
 def may_propagate(recipe: Recipe) -> bool:
-    """Whether a fit may be calibrated on the compressed model's activations: as asked, or as the method does."""
+    """Whether a fit may be calibrated on the compressed model's activations: as asked, or as the method
+    does."""
     asked = recipe.calibration.propagate
     return recipe.method.propagates if asked is None else asked
 

@@ -1,4 +1,5 @@
-"""Everything before the first layer is changed: calibration samples, estimates, the calibration pass, the plan."""
+"""Everything before the first layer is changed: calibration samples, estimates, the calibration pass, the
+plan."""
 
 import math
 import time
@@ -43,14 +44,16 @@ class Clock:
             self.seconds[phase] = self.seconds.get(phase, 0.0) + time.perf_counter() - start
 
     def with_steps(self, journal: Journal) -> dict[str, float]:
-        """With those of the journal's steps: of the processes before this one too, as far as they are kept."""
+        """With those of the journal's steps: of the processes before this one too, as far as they are
+        kept."""
         steps = {"calibration text": TEXT_STEP, "observe": "observe-", "allocate": PLAN_STEP, "fit": "fit-"}
         return self.seconds | {phase: journal.seconds(prefix) for phase, prefix in steps.items()}
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything known before the first layer is changed; what `--dry-run` shows. ratio: of the linear weights."""
+    """Everything known before the first layer is changed; what `--dry-run` shows. ratio: of the linear
+    weights."""
 
     source: SourceModel
     replay: Replay

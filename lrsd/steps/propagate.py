@@ -84,8 +84,8 @@ def _names(step: str) -> tuple[str, str]:
 class Pair:
     """Moments of a group's inputs in the compressed model, of the samples fitted to and of those held out.
 
-    cross: E[t x~^T] with t the dense model's input x of this group, or, for the layer that writes the residual
-    stream last, what is missing in the block's output while its weight is still dense.
+    cross: E[t x~^T] with t the dense model's input x of this group, or, for the layer that writes the
+    residual stream last, what is missing in the block's output while its weight is still dense.
     """
 
     fit: Moments
@@ -96,8 +96,8 @@ class Pair:
 
 
 def pair_moments(replay: Replay, index: int, group: InputGroup, streams: TwoStreams) -> Pair:
-    """Moments of one group's inputs in both models; of the group that writes the residual stream last also what
-    `TwoStreams.move_on` needs."""
+    """Moments of one group's inputs in both models; of the group that writes the residual stream last also
+    what `TwoStreams.move_on` needs."""
     stream, dense_inputs = streams.compressed, streams.dense_inputs[group.name]
     last = group is replay.layout.blocks[index].groups[-1] and len(group.linears) == 1
     writes = last and replay.writes_residual(index, group.name, stream[0])
