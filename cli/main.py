@@ -2,17 +2,19 @@
 
 import signal
 import sys
+from importlib import import_module
 from types import FrameType
 
 import click
 
-# Imported by name when one of them is asked for: `lrsd --help` answers at once.
-_HELP = {
-    "compress": "Compress a model into a new checkpoint directory.",
-    "eval": "Measure a model: perplexity, divergence from the dense one, speed.",
-    "inspect": "Show every layer of a compressed directory.",
-    "verify": "Compare every file of a compressed directory with its digest.",
-    "export": "Write a compressed directory in a format that other programs read.",
+# Module, function and help of every command. They are imported when they are asked for: `lrsd --help` answers
+# at once.
+_COMMANDS = {
+    "compress": ("compress", "compress", "Compress a model into a new checkpoint directory."),
+    "eval": ("measure", "evaluate", "Measure a model: perplexity, divergence from the dense one, speed."),
+    "inspect": ("measure", "inspect", "Show every layer of a compressed directory."),
+    "verify": ("measure", "verify", "Compare every file of a compressed directory with its digest."),
+    "export": ("export", "export", "Write a compressed directory in a format that other programs read."),
 }
 
 
@@ -20,18 +22,18 @@ class LazyGroup(click.Group):
     """Commands that are listed without being imported."""
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return list(_HELP)
+        return list(_COMMANDS)
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        if name not in _HELP:
+        if name not in _COMMANDS:
             return None
-        from lrsd_cli.commands import COMMANDS
-
-        return COMMANDS[name]
+        module, function, _ = _COMMANDS[name]
+        command: click.Command = getattr(import_module(f"lrsd_cli.{module}"), function)
+        return command
 
     def format_commands(self, context: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(_HELP.items()))
+            formatter.write_dl([(name, text) for name, (_, _, text) in _COMMANDS.items()])
 
 
 def main() -> None:

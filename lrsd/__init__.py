@@ -4,4 +4,8 @@
 reads what `lrsd compress` wrote.
 """
 
-from lrsd.runtimes import transformers as _hf  # noqa: F401 - imported for its registration
+import sys
+
+# The command line does that itself when a command runs: its help need not wait for transformers.
+if "lrsd_cli" not in sys.modules:
+    from lrsd.runtimes import transformers as _  # noqa: F401 - imported for its registration

@@ -1,0 +1,125 @@
+"""`lrsd eval`, `inspect` and `verify`: parse, call one function of lrsd, print."""
+
+import json
+from pathlib import Path
+
+import click
+
+_EVAL_EXAMPLES = """
+\b
+Examples:
+  lrsd eval out --ppl wikitext
+  lrsd eval out --ppl wiki.test.txt --seqlen 1024 --windows 12 --kl ./my-model
+  lrsd eval out --speed --json
+"""
+_INSPECT_EXAMPLES = """
+\b
+Examples:
+  lrsd inspect out
+  lrsd inspect out --plot layers.png
+  lrsd inspect out --json
+"""
+_VERIFY_EXAMPLES = """
+\b
+Examples:
+  lrsd verify out
+"""
+
+
+@click.command(name="eval", epilog=_EVAL_EXAMPLES)
+@click.argument("model")
+@click.option(
+    "--ppl",
+    multiple=True,
+    metavar="TEXT",
+    help="Perplexity on wikitext, a text file or a hub data set; repeatable. Default: wikitext.",
+)
+@click.option(
+    "--seqlen",
+    default=None,
+    type=click.IntRange(2),
+    help="Window length.  [default: 2048, or the model's if shorter]",
+)
+@click.option(
+    "--windows", default=None, type=click.IntRange(1), help="Number of windows.  [default: the whole text]"
+)
+@click.option(
+    "--kl", metavar="DENSE", help="Mean KL from this dense model and top-1 agreement, on the same windows."
+)
+@click.option(
+    "--accuracy",
+    metavar="FILE",
+    help='Accuracy of a classifier on a CSV or JSONL file of "text" and "label".',
+)
+@click.option("--speed", is_flag=True, help="Prefill and decode tokens per second, batch 1.")
+@click.option(
+    "--dtype",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
+    help="Arithmetic to evaluate in.",
+)
+@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
+def evaluate(
+    model: str,
+    ppl: tuple[str, ...],
+    seqlen: int | None,
+    windows: int | None,
+    kl: str | None,
+    accuracy: str | None,
+    speed: bool,
+    dtype: str,
+    device: str,
+    as_json: bool,
+) -> None:
+    """Measure MODEL, compressed or dense: perplexity, divergence from the dense model, speed."""
+    from lrsd_cli.process import own_process
+    from lrsd_cli.progress import make_progress
+
+    from lrsd.evaluate import evaluate as run
+    from lrsd.report import evaluation_lines
+
+    texts = ppl if ppl or speed or accuracy else ("wikitext",)
+    with own_process():
+        result = run(
+            model, texts, seqlen=seqlen, windows=windows, dense=kl, accuracy=accuracy, with_speed=speed,
+            dtype=dtype, device=device, progress=make_progress(),
+        )  # fmt: skip
+    click.echo(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(evaluation_lines(result)))
+
+
+@click.command(epilog=_INSPECT_EXAMPLES)
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option(
+    "--plot",
+    type=click.Path(path_type=Path),
+    metavar="PNG",
+    help="Also draw error and bytes per layer into this file.",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
+def inspect(directory: Path, plot: Path | None, as_json: bool) -> None:
+    """Show every layer of a compressed DIRECTORY: rank, kept columns and rows, bits, bytes, error."""
+    from dataclasses import asdict
+
+    from lrsd.checkpoint.manifest import read_manifest
+    from lrsd.report import layer_table, plot_layers, summary_lines
+
+    manifest = read_manifest(directory)
+    if plot is not None:
+        plot_layers(manifest, plot)
+    click.echo(
+        json.dumps(asdict(manifest), indent=1)
+        if as_json
+        else "\n".join([layer_table(manifest), "", *summary_lines(manifest)])
+    )
+
+
+@click.command(epilog=_VERIFY_EXAMPLES)
+@click.argument("directory", type=click.Path(path_type=Path))
+def verify(directory: Path) -> None:
+    """Compare every file of a compressed DIRECTORY with the digest that its manifest holds."""
+    from lrsd.checkpoint.verify import verify as run
+
+    manifest = run(directory)
+    click.echo(f"{len(manifest.files)} files are as lrsd {manifest.lrsd_version} wrote them")
