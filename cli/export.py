@@ -14,7 +14,7 @@ Examples:
 @click.command(epilog=_EXPORT_EXAMPLES)
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
-    "--format", "format_", type=click.Choice(list(EXPORTS)), default="dense", show_default=True,
+    "--format", "format_", default="dense", show_default=True, metavar="NAME",
     help="dense: plain weights, which any runtime loads.",
 )  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New directory.")

@@ -5,8 +5,6 @@ All variants share one pass over the calibration text, its sensitivities and one
   python scripts/ablation.py --calib ... --eval ... --ratios 1.25 --bits 16
 """
 
-from dataclasses import replace
-
 from bench import Bench, parser
 
 from lrsd.recipe import Recipe
@@ -14,8 +12,8 @@ from lrsd.recipe import Recipe
 AT_16_BIT = {
     "full": {},
     "low rank only": {"structure": "none"},
-    "columns only beside it": {"structure": "column"},
-    "rows only beside it": {"structure": "row"},
+    "columns only": {"structure": "column"},
+    "rows only": {"structure": "row"},
     "unstructured S, same bytes": {"structure": "unstructured"},
     "no alternation": {"alternations": 1},
     "uniform ratio": {"allocation": "uniform"},
@@ -44,13 +42,13 @@ def main() -> None:
     options.add_argument("--only", nargs="+", default=None, metavar="VARIANT")
     args = options.parse_args()
     bench = Bench(args)
-    shared = bench.share_survey()
+    shared = bench.share_observation()
     variants = AT_16_BIT if args.bits == "16" else WITH_CODES
     for ratio in args.ratios:
-        full = Recipe.of(ratio=ratio, bits=args.bits)
         for name, changes in variants.items():
             if args.only is None or name in args.only:
-                shared.run(f"{ratio:.4g}x {name}", replace(full, **changes))
+                recipe = Recipe.of(**{"ratio": ratio, "bits": args.bits, **changes})
+                shared.run(f"{ratio:.4g}x {name}", recipe)
     print(bench.table())
 
 

@@ -12,11 +12,9 @@ from typing import Any
 
 import torch
 from find_model import find_model
-from recipes import on
 from transformers import PreTrainedModel
 
 from lrsd.checkpoint.reader import stored_bytes
-from recipes import on
 from lrsd.compress import compress
 from lrsd.data.sources import read_text
 from lrsd.data.tokens import calibration_samples, evaluation_items
@@ -31,8 +29,8 @@ from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
 from lrsd.steps.fit import fit_blocks
-from lrsd.steps.observe import block_moments, needs_sensitivity, survey_model
-from lrsd.steps.plan import choose_plan
+from lrsd.steps.observe import block_moments, observe_model
+from lrsd.steps.plan import choose_plan, needs_sensitivity
 from lrsd.work.streams import Stream
 
 
@@ -100,7 +98,7 @@ class Bench:
         if not self.rows:
             self._add({"name": "dense", "protocol": protocol, **self._perplexities(self.dense)})
 
-    def run(self, name: str, settings: Recipe) -> dict[str, Any]:
+    def run(self, name: str, recipe: Recipe) -> dict[str, Any]:
         """Compress into a temporary directory, load it back, measure it, remove it."""
         if known := self.known(name):
             return known
@@ -108,7 +106,7 @@ class Bench:
         workspace = Path(tempfile.mkdtemp(prefix="lrsd-bench-"))
         try:
             start = time.perf_counter()
-            manifest = compress(self.model, workspace / "out", on(on(settings, self.calibration), Log()))
+            manifest = compress(self.model, workspace / "out", self.with_text(recipe), Log())
             seconds = time.perf_counter() - start
             packed = load_model(str(workspace / "out"))
             on_disk = stored_bytes(workspace / "out", manifest.layers)
@@ -118,6 +116,11 @@ class Bench:
             name, packed.model, on_disk, manifest.budget_bytes, seconds=seconds, phases=manifest.seconds,
             allocation=manifest.allocation_chosen,
         )  # fmt: skip
+
+    def with_text(self, recipe: Recipe) -> Recipe:
+        """The recipe on this benchmark's calibration text."""
+        propagate = recipe.calibration.propagate
+        return replace(recipe, calibration=replace(self.calibration, propagate=propagate))
 
     def known(self, name: str) -> dict[str, Any] | None:
         """The row of that name, if there is one."""
@@ -146,9 +149,9 @@ class Bench:
         self._add(row)
         return row
 
-    def share_survey(self) -> "SharedSurvey":
-        """One dense pass over the calibration text, for any number of `SharedSurvey.run`."""
-        return SharedSurvey(self)
+    def share_observation(self) -> "SharedObservation":
+        """One dense pass over the calibration text, for any number of `SharedObservation.run`."""
+        return SharedObservation(self)
 
     def _items(self, text: str) -> list[EvaluationItem]:
         content = read_text(text, split="test", option="--eval")
@@ -176,7 +179,7 @@ class Bench:
         return "\n".join(lines)
 
 
-class SharedSurvey:
+class SharedObservation:
     """Moments and, per kind of rounding, sensitivities of one model: variants of a method share them.
 
     The pass over the calibration text is made when the first variant runs.
@@ -191,18 +194,18 @@ class SharedSurvey:
         bench = self.bench
         self.model = deepcopy(bench.dense.model)
         self.layout = find_layout(self.model, bench.dense.kind.example(self.model))
-        identity = fingerprint(self.dense)
+        identity = fingerprint(bench.dense)
         with torch.inference_mode():
             self.samples = calibration_samples(bench.dense, identity, bench.calibration, Progress())
             replay = Replay.start(self.model, self.layout, self.samples.split(8))
-            before = replay.entering[0]
+            before = replay.inputs[0]
             for index in range(len(self.layout.blocks)):
-                behind = Stream()
-                self.moments |= block_moments(replay, index, before, behind)
-                before = behind
+                outputs = Stream()
+                self.moments |= block_moments(replay, index, before, outputs)
+                before = outputs
 
     @torch.inference_mode()
-    def run(self, name: str, settings: Recipe, counted: float = 1.0) -> dict[str, Any]:
+    def run(self, name: str, recipe: Recipe, counted: float = 1.0) -> dict[str, Any]:
         """Plan and fit on a fresh copy of the model, then measure it.
 
         counted: bytes reported per byte of the plan, for a bound on a method that is not built.
@@ -212,21 +215,21 @@ class SharedSurvey:
         if not self.moments:
             self._start()
         start = time.perf_counter()
-        model = deepcopy(self.model)
+        model, ratio, method = deepcopy(self.model), recipe.budget.ratio, recipe.method
         replay = Replay.start(model, self.layout, self.samples.split(8))
-        kind = (settings.ratio, settings.bits, settings.coding, settings.method)
-        survey = survey_model(
-            replay, self.samples, settings,
+        kind = (ratio, recipe.method_name, method.rounds, getattr(method, "coding", None))
+        observation = observe_model(
+            replay, self.samples, method, ratio, probing=needs_sensitivity(recipe),
             moments=self.moments, sensitivity=self.sensitivity.get(kind),
         )  # fmt: skip
-        if needs_sensitivity(settings):
-            self.sensitivity[kind] = survey.sensitivity
-        budget = int(dense_bytes(survey.curves) / settings.ratio)
-        choice = choose_plan(replay, survey, self.samples, budget, settings, Progress())
-        fitted = fit_blocks(replay, survey, choice, budget, settings, Progress())
-        taken = sum(fitted[n].plan.nbytes(curve.shape) for n, curve in survey.curves.items())
+        if needs_sensitivity(recipe):
+            self.sensitivity[kind] = observation.sensitivity
+        budget = int(dense_bytes(observation.menus) / ratio)
+        plan = choose_plan(replay, observation, self.samples, budget, ratio, recipe, Progress())
+        fitted = fit_blocks(replay, observation, plan, budget, method, Progress())
+        taken = sum(layer.choice.nbytes for layer in fitted.values())
         return self.bench.add(
             name, model, int(taken * counted), int(budget * counted),
-            seconds=time.perf_counter() - start, allocation=choice.name, propagated=choice.propagate,
-            ratio=settings.ratio / counted, with_divergence=False,
+            seconds=time.perf_counter() - start, allocation=plan.name, propagated=plan.propagate,
+            ratio=ratio / counted, with_divergence=False,
         )  # fmt: skip

@@ -20,7 +20,7 @@ def main() -> None:
     options.add_argument("--plot", metavar="PNG")
     args = options.parse_args()
     bench = Bench(args)
-    shared = bench.share_survey()
+    shared = bench.share_observation()
     for ratio in args.ratios:
         corners = {
             "lrsd": Recipe.of(ratio=ratio),

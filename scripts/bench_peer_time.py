@@ -13,14 +13,13 @@ import json
 import subprocess
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from bench import Bench, Log, parser
-from recipes import on
 from safetensors.torch import save_file
 
-from recipes import on
 from lrsd.compress import compress
 from lrsd.data.tokens import calibration_samples
 from lrsd.model.load import fingerprint
@@ -47,7 +46,9 @@ def main() -> None:
         peer = run([args.peer_python, peer_script, model, tokens, Path(place, "peer"), "--threads", threads])
         start = time.perf_counter()
         settings = Recipe.of(ratio=args.ratio)
-        manifest = compress(str(model), Path(place, "ours"), on(on(settings, bench.calibration), Log()))
+        manifest = compress(
+            str(model), Path(place, "ours"), replace(settings, calibration=bench.calibration), Log()
+        )
         seconds = time.perf_counter() - start
     print(f"llm-compressor GPTQ W4A16: {peer['seconds']:.1f} s")
     print(f"lrsd {args.ratio:g}x: {seconds:.1f} s = {seconds / peer['seconds']:.2f} x  {manifest.seconds}")

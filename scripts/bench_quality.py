@@ -18,8 +18,8 @@ def main() -> None:
     bench = Bench(args)
     for ratio in args.ratios:
         for method in args.methods:
-            bits = args.bits if method == "lrsd" else "auto"
-            bench.run(f"{method} {ratio:g}x", Recipe.of(ratio=ratio, method=method, bits=bits))
+            bits = {"bits": args.bits} if method == "lrsd" else {}
+            bench.run(f"{method} {ratio:g}x", Recipe.of(ratio=ratio, method=method, **bits))
     print(bench.table())
 
 

@@ -21,7 +21,6 @@ from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from recipes import on
 from lrsd.compress import compress
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
