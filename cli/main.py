@@ -262,7 +262,12 @@ def _read_recipe(context: click.Context, parameter: click.Parameter, path: Path 
     type=click.Choice(["auto", "bfloat16", "float16"]),
     help="16-bit type of what is stored.",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, mps; auto: an accelerator with float64 (not mps), else cpu.",
+)
 @click.option("--batch", default=8, show_default=True, help="Calibration samples per forward pass.")
 @click.option(
     "--dry-run", is_flag=True, help="Show the plan per layer, its bytes and a time estimate; write nothing."
@@ -392,7 +397,12 @@ def _settings(options: dict[str, Any]) -> tuple[Any, Any]:
     type=click.Choice(["auto", "bfloat16", "float16", "float32"]),
     help="Arithmetic to evaluate in.",
 )
-@click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    help="cpu, cuda, cuda:1, mps; auto: an accelerator with float64 (not mps), else cpu.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def evaluate(
     model: str,

@@ -195,7 +195,7 @@ def replaced_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor, dtype: tor
     original = module.weight
     assert isinstance(original, nn.Parameter)
     stored = W_OI.T.contiguous() if spec.transposed else W_OI
-    module.weight = nn.Parameter(stored.to(dtype), requires_grad=False)
+    module.weight = nn.Parameter(stored.to(original.device, dtype), requires_grad=False)
     try:
         yield
     finally:
@@ -207,7 +207,7 @@ def exchange_weight(model: nn.Module, spec: LinearSpec, W_OI: Tensor) -> nn.Para
     module = model.get_submodule(spec.name)
     original = module.weight
     assert isinstance(original, nn.Parameter)
-    stored = (W_OI.T if spec.transposed else W_OI).to(original.dtype).contiguous()
+    stored = (W_OI.T if spec.transposed else W_OI).to(original.device, original.dtype).contiguous()
     module.weight = nn.Parameter(stored, requires_grad=False)
     return original
 

@@ -99,7 +99,7 @@ def load_model(
     are never run.
 
     Args: source: directory of safetensors, .gguf file, or hub id; dtype: "auto" keeps a 16-bit
-        model as it is and turns any other into bfloat16; device: "auto" is cuda where there is one;
+        model as it is and turns any other into bfloat16; device: "auto" as in `resolve_device`;
         memory: bytes that may be taken by weights that are not used as they are stored.
     Raises: InputError naming what is missing, unreadable or too large.
     """
@@ -229,15 +229,28 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is cuda, then mps, then cpu. Raises: InputError for a device torch does not have."""
+    """ "auto" is the accelerator, if there is one with float64 (cuda, xpu), else cpu.
+
+    Raises: InputError for a device torch does not have.
+    """
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
+        return exact_device(accelerator or torch.device("cpu"))
     try:
         torch.empty(0, device=device)
         return torch.device(device)
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"device {device!r} is not available: {_first_line(error)}") from error
+
+
+def exact_device(device: torch.device) -> torch.device:
+    """Where the moments and solvers of a model on that device are: on it, or on cpu if it has no float64
+    (mps, and some of Intel's)."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device) + 1
+    except (RuntimeError, TypeError, AssertionError):
+        return torch.device("cpu")
+    return device
 
 
 def _model_class(config: PretrainedConfig) -> Any:

@@ -240,7 +240,7 @@ def _plain_aims(
     gram_II, mean_I = metric(settings, moments), moments.mean
     aims = {}
     for spec in group.linears:
-        W_OI = read_weight(model, spec).double()
+        W_OI = read_weight(model, spec).to(gram_II)
         aims[spec.name] = _Aim(W_OI, gram_II, W_OI @ mean_I, mean_I, blend=0.0)
     return aims
 
@@ -251,7 +251,7 @@ def _propagated_aims(model: nn.Module, group: InputGroup, pair: Pair) -> dict[st
     The held-out error is quadratic along W + b (W* - W), so that each layer's best blend b has a closed
     form. The layers of a group share the metric, so that their rows are solved for together.
     """
-    W_OI = torch.cat([read_weight(model, spec) for spec in group.linears]).double()
+    W_OI = torch.cat([read_weight(model, spec) for spec in group.linears]).to(pair.fit.device, torch.float64)
 
     def target(gram_II: Tensor, cross: CrossMoments) -> Tensor:
         own_OI = W_OI @ (cross.mean if not pair.closes else gram_II)
@@ -336,7 +336,9 @@ def _fit_layer(
     if propagate:
         exchange_weight(model, spec, W_OI)
         if bias_O is not None:
-            model.get_submodule(spec.name).bias = nn.Parameter(bias_O.to(dtype), requires_grad=False)
+            model.get_submodule(spec.name).bias = nn.Parameter(
+                bias_O.to(weight.device, dtype), requires_grad=False
+            )
     error = relative_error(aim.W_OI.float(), W_OI.float(), aim.gram_II.float())
     tensors = {name: parameter.detach() for name, parameter in packed.named_parameters()}
     damping = max(found.damping, aim.damping)
@@ -386,7 +388,7 @@ def _bias(
 ) -> Tensor | None:
     """The layer's own bias, moved by what its mean output lost where that is asked for."""
     old = model.get_submodule(spec.name).bias
-    bias_O = old.double() if isinstance(old, Tensor) else None
+    bias_O = old.to(aim.W_OI) if isinstance(old, Tensor) else None
     if plan.bias or (bias_O is not None and settings.mean_correction):
         shift_O = aim.target_mean_O - found.dense() @ aim.input_mean_I
         bias_O = shift_O if bias_O is None else bias_O + shift_O

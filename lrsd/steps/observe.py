@@ -10,7 +10,7 @@ from lrsd.errors import SolverError
 from lrsd.methods.base import Perturbation
 from lrsd.methods.curves import coded_curve, layer_curve, metric, rounded, truncated
 from lrsd.model.layout import Block, InputGroup, read_weight
-from lrsd.model.load import check_finite
+from lrsd.model.load import check_finite, exact_device
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
 from lrsd.numerics.allocate import LayerCurve
@@ -166,7 +166,7 @@ def _survey_group(
     check_finite(f"the input of {group.name}", gram_II)
     carry = feedback(gram_II) if has_codes(settings) else None
     for spec in group.linears:
-        W_OI = read_weight(replay.model, spec).double()
+        W_OI = read_weight(replay.model, spec).to(gram_II)
         try:
             if carry is not None:
                 curve = coded_curve(W_OI, gram_II, carry, spec, settings)
@@ -188,7 +188,7 @@ class _StoredMoments(Mapping[str, Moments]):
     of G, of all layers of a large model, do not fit in memory beside it."""
 
     def __init__(self, workspace: Workspace, replay: Replay) -> None:
-        self._workspace, self._device = workspace, replay.model.device
+        self._workspace, self._device = workspace, exact_device(replay.model.device)
         blocks = enumerate(replay.layout.blocks)
         self._steps = {group.name: survey_step(index) for index, block in blocks for group in block.groups}
         self._last: tuple[str, dict[str, dict[str, Tensor]]] = "", {}
@@ -218,7 +218,8 @@ def has_codes(settings: CompressionSettings) -> bool:
 def block_moments(replay: Replay, index: int, before: Stream, behind: Stream) -> dict[str, Moments]:
     """Moments of every input group of one block; the hidden states behind it are appended to `behind`."""
     block = replay.layout.blocks[index]
-    moments = {group.name: Moments(group.in_features, replay.model.device) for group in block.groups}
+    device = exact_device(replay.model.device)
+    moments = {group.name: Moments(group.in_features, device) for group in block.groups}
     for batch, hidden in enumerate(before):
         output, inputs = replay.run_with_inputs(index, batch, hidden)
         for name, x in inputs.items():

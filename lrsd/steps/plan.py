@@ -179,7 +179,7 @@ def _held_out_divergence(
                 layer, curve = plan[spec.name], survey.curves[spec.name]
                 if layer.is_dense:
                     continue
-                W_OI = read_weight(model, spec)
+                W_OI = read_weight(model, spec).to(gram_II)
                 # Columns and rows as surveyed: to improve them here would take most of the time.
                 found = solve_layer(W_OI, gram_II, layer, curve, settings, carry=carry, alternate=False)
                 replaced.enter_context(_weight_read(model, spec, aside, len(aside)))

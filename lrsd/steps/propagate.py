@@ -7,6 +7,7 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lrsd.model.layout import InputGroup
+from lrsd.model.load import exact_device
 from lrsd.model.replay import Replay
 from lrsd.numerics.moments import CrossMoments, Moments
 from lrsd.steps.observe import HELD_OUT
@@ -97,7 +98,7 @@ def pair_moments(replay: Replay, index: int, group: InputGroup, streams: TwoStre
     last = group is replay.layout.blocks[index].groups[-1] and len(group.linears) == 1
     closes = last and replay.adds_to_output(index, group.name, stream[0])
     rows = group.linears[0].shape.out_features if closes else group.in_features
-    device = replay.model.device
+    device = exact_device(replay.model.device)
     parts = [
         (Moments(group.in_features, device), CrossMoments(rows, group.in_features, device)) for _ in range(2)
     ]
