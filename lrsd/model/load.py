@@ -230,10 +230,13 @@ def check_finite(name: str, tensor: Tensor) -> None:
 
 
 def resolve_device(device: str) -> torch.device:
-    """ "auto" is cuda, then mps, then cpu. Raises: InputError for a device torch does not have."""
+    """ "auto" is the accelerator, if there is one with float64 (cuda, xpu), else cpu.
+
+    Raises: InputError for a device torch does not have.
+    """
     if device == "auto":
         accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-        return accelerator or torch.device("cpu")
+        return exact_device(accelerator or torch.device("cpu"))
     try:
         torch.empty(0, device=device)
         return torch.device(device)
@@ -242,13 +245,13 @@ def resolve_device(device: str) -> torch.device:
 
 
 def exact_device(device: torch.device) -> torch.device:
-    """Where moments are summed and layers are solved: the device itself, or the CPU where it has no
-    float64."""
-    return device if _has_float64(device) else torch.device("cpu")
-
-
-def _has_float64(device: torch.device) -> bool:
-    return device.type != "mps"  # Apple's
+    """Where the moments and solvers of a model on that device are: on it, or on cpu if it has no float64
+    (mps, and some of Intel's)."""
+    try:
+        torch.ones(1, dtype=torch.float64, device=device) + 1
+    except (RuntimeError, TypeError, AssertionError):
+        return torch.device("cpu")
+    return device
 
 
 def _model_class(config: PretrainedConfig) -> Any:

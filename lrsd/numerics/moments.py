@@ -14,7 +14,8 @@ _TRIANGLE_BLOCKS = 4
 
 @dataclass
 class Moments:
-    """Sums over calibration tokens of x x^T, x and 1: float64 sums of float32 partial products.
+    """Sums over calibration tokens of x x^T, x and 1: float64 sums of float32 partial products. The products
+    are made where x is, the sums where `device` says, since not every accelerator has float64.
 
     `a + b` is the moments of both token sets together, so shards merge in any order.
     """
@@ -35,8 +36,9 @@ class Moments:
         step = max(1, math.ceil(self.width / _TRIANGLE_BLOCKS))
         for start in range(0, self.width, step):
             block_TB = x_TI[:, start : start + step]
-            self._upper_II[start : start + step, start:] += block_TB.T @ x_TI[:, start:]
-        self._sum_I += x_TI.sum(0)
+            product_BI = block_TB.T @ x_TI[:, start:]
+            self._upper_II[start : start + step, start:] += product_BI.to(self._upper_II.device)
+        self._sum_I += x_TI.sum(0).to(self._sum_I.device)
         self.count += x_TI.shape[0]
 
     def __add__(self, other: "Moments") -> "Moments":
@@ -86,7 +88,8 @@ class Moments:
 
 @dataclass
 class CrossMoments:
-    """Sums over tokens of t x^T, t and 1, for a target t that is not a function of x alone."""
+    """Sums over tokens of t x^T, t and 1, for a target t that is not a function of x alone; on `device`, as
+    those of `Moments`."""
 
     rows: int
     columns: int
@@ -102,8 +105,9 @@ class CrossMoments:
     def update_(self, t_TO: Tensor, x_TI: Tensor) -> None:
         """Add pairs of tokens; both tensors share their leading shape."""
         t_TO = t_TO.reshape(-1, self.rows).float()
-        self._sum_OI += t_TO.T @ x_TI.reshape(-1, self.columns).float()
-        self._sum_O += t_TO.sum(0)
+        product_OI = t_TO.T @ x_TI.reshape(-1, self.columns).float()
+        self._sum_OI += product_OI.to(self._sum_OI.device)
+        self._sum_O += t_TO.sum(0).to(self._sum_O.device)
         self.count += t_TO.shape[0]
 
     def __add__(self, other: "CrossMoments") -> "CrossMoments":

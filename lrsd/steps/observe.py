@@ -134,9 +134,11 @@ def _moments_of(step: str) -> str:
 def layer_problem(replay: Replay, name: str, metric: Metric, ratio: float) -> LayerProblem:
     """The dense layer's own weight in its metric. ratio: of an equal share."""
     slot = weight_slot(replay.model, name)
-    W_OI = slot.read().to(metric.gram.device).double()
+    W_OI = slot.read().to(metric.gram)
     share = slot.shape.dense_bytes / ratio
-    return LayerProblem(W_OI, metric, slot.parameter.dtype, share, bias_O=slot.bias)
+    return LayerProblem(
+        W_OI, metric, slot.parameter.dtype, share, bias_O=None if slot.bias is None else slot.bias.to(W_OI)
+    )
 
 
 def _observe_block(

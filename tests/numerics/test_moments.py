@@ -1,6 +1,7 @@
 """Second moments: sums that merge in any order and equal a direct computation."""
 
 from itertools import permutations
+from typing import Any
 
 import pytest
 import torch
@@ -89,3 +90,41 @@ def test_stored_moments_come_back_to_float32(generator: torch.Generator) -> None
         torch.testing.assert_close(moments.gram, found.gram, rtol=1e-6, atol=1e-6)
         assert torch.equal(moments.gram, moments.gram.T)
         assert torch.equal(moments.mean, found.mean)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor as if on an accelerator without float64: refuses that type, and tensors that are not there."""
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.to and isinstance(args[1], torch.device):
+                return args[0].as_subclass(torch.Tensor)
+            if any(isinstance(value, torch.Tensor) and not isinstance(value, cls) for value in args):
+                raise RuntimeError("expected all tensors to be on the same device")
+            result = func(*args, **(kwargs or {}))
+            if not isinstance(result, torch.Tensor):
+                return result
+            if result.dtype == torch.float64:
+                raise TypeError("no float64 on this device")
+            return result.as_subclass(cls)
+
+
+def test_sums_stay_exact_where_the_tokens_device_has_no_float64(generator: torch.Generator) -> None:
+    """The same bits as on one device: products float32 there, sums float64 here."""
+    x, t = (torch.randn(3, 40, width, generator=generator).bfloat16() for width in (9, 5))
+    with pytest.raises(RuntimeError, match="same device"):
+        torch.zeros(3, 40, 9).add_(x.as_subclass(Elsewhere))
+    with pytest.raises(TypeError, match="no float64"):
+        x.as_subclass(Elsewhere).double()
+    here, there = Moments(9), Moments(9)
+    cross_here, cross_there = CrossMoments(5, 9), CrossMoments(5, 9)
+    for x_TI, t_TO in zip(x, t, strict=True):
+        here.update_(x_TI)
+        cross_here.update_(t_TO, x_TI)
+        there.update_(x_TI.as_subclass(Elsewhere))
+        cross_there.update_(t_TO.as_subclass(Elsewhere), x_TI.as_subclass(Elsewhere))
+    assert torch.equal(here.gram, there.gram)
+    assert torch.equal(here.mean, there.mean)
+    assert torch.equal(cross_here.mean, cross_there.mean)
+    assert torch.equal(cross_here.target_mean, cross_there.target_mean)
