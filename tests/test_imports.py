@@ -12,7 +12,7 @@ FILES = sorted(path for room in ("lrsd", "cli") for path in (ROOT / room).rglob(
 GROUND = ("errors", "progress", "settings")
 ROOMS = (
     "numerics", "work", "intake", "forms", "model", "data", "checkpoint", "runtimes", "export", "methods",
-    "steps", "evaluate", "compress", "report",
+    "recipe", "steps", "evaluate", "compress", "report",
 )  # fmt: skip
 FLOORS = dict.fromkeys(GROUND, 0) | {room: floor for floor, room in enumerate(ROOMS, 1)}
 CLI_FLOOR = len(ROOMS) + 1
@@ -23,6 +23,7 @@ HOMES = {
     "tqdm": ("cli",),
     "vllm": ("runtimes",),
     "datasets": ("data",),
+    "huggingface_hub": ("model", "checkpoint"),
     "safetensors": ("work", "intake", "model", "data", "checkpoint", "runtimes", "export"),
 }
 

@@ -92,24 +92,28 @@ def allocate_by_weight(
     Args: weights: loss per unit of relative error; floor: least fraction of a layer's dense bytes.
     Raises: BudgetError if even the cheapest offers exceed the budget.
     """
-    found: Allocation = {}
-    steps = []
-    for name, menu in menus.items():
+    names = list(menus)
+    hulls = []
+    for menu in menus.values():
         first = int(np.searchsorted(menu.nbytes_N.numpy(), floor * menu.dense_bytes))
-        above = Menu(menu.nbytes_N[first:], menu.errors_N[first:])
-        hull = [first + index for index in above.hull()]
-        found[name] = hull[0]
-        sizes, lost = menu.nbytes_N[hull].tolist(), menu.errors_N[hull].tolist()
-        for i in range(1, len(hull)):
-            gain = weights[name] * (lost[i - 1] - lost[i]) / (sizes[i] - sizes[i - 1])
-            steps.append((-gain, name, hull[i - 1], hull[i], sizes[i] - sizes[i - 1]))
+        hulls.append(menu.hull(first))
+    found = {name: int(hull[0]) for name, hull in zip(names, hulls, strict=True)}
     spent = allocated_bytes(menus, found)
     if spent > budget:
         raise _unreachable(menus, budget)
-    steps.sort(key=lambda step: step[0])
-    for _, name, before, after, cost in steps:
-        if found[name] == before and spent + cost <= budget:
-            found[name] = after
+    gains, costs = [], []
+    for (name, menu), hull in zip(menus.items(), hulls, strict=True):
+        cost = np.diff(menu.nbytes_N.numpy()[hull])
+        gains.append(-weights[name] * np.diff(menu.errors_N.numpy()[hull]) / cost)
+        costs.append(cost)
+    layer = np.repeat(np.arange(len(names)), [len(gain) for gain in gains])
+    before = np.concatenate([hull[:-1] for hull in hulls])
+    after = np.concatenate([hull[1:] for hull in hulls])
+    order = np.argsort(-np.concatenate(gains), kind="stable")
+    steps = (array[order].tolist() for array in (layer, before, after, np.concatenate(costs)))
+    for index, here, there, cost in zip(*steps, strict=True):
+        if spent + cost <= budget and found[names[index]] == here:
+            found[names[index]] = there
             spent += cost
     return fill(found, menus, budget, weights)
 

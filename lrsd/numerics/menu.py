@@ -94,15 +94,17 @@ class Menu:
         index = int(np.searchsorted(self.nbytes_N.numpy(), nbytes, side="right")) - 1
         return index if index >= 0 else None
 
-    def hull(self) -> list[int]:
-        """The lower convex hull of (bytes, error), by index."""
-        sizes, lost = self.nbytes_N.tolist(), self.errors_N.tolist()
-        kept: list[int] = []
-        for i in range(len(sizes)):
-            while len(kept) >= 2:
-                a, b = kept[-2], kept[-1]
-                if (lost[b] - lost[a]) * (sizes[i] - sizes[a]) < (lost[i] - lost[a]) * (sizes[b] - sizes[a]):
-                    break
-                kept.pop()
-            kept.append(i)
+    def hull(self, first: int = 0) -> np.ndarray:
+        """The lower convex hull of (bytes, error), by index, of the offers from `first` on.
+
+        An offer above the line between two others is no corner of it; these are dropped until there are none.
+        """
+        kept = np.arange(first, len(self))
+        sizes, lost = self.nbytes_N.numpy(), self.errors_N.numpy()
+        while len(kept) > 2:
+            slopes = np.diff(lost[kept]) / np.diff(sizes[kept])
+            corners = np.concatenate([[True], slopes[1:] > slopes[:-1], [True]])
+            if corners.all():
+                break
+            kept = kept[corners]
         return kept
