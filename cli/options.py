@@ -81,25 +81,23 @@ def read_recipe(context: click.Context, parameter: click.Parameter, path: Path |
     return path
 
 
-def option_rows() -> list[tuple[str, str, str]]:
-    """Option, default and help of every setting, for the README's table."""
+def option_table() -> str:
+    """Option, default and meaning of every setting: the README's table, in Markdown."""
     rows = [("--method", "lrsd", "lrsd, or a baseline to compare with.")]
     for kind in GROUPS.values():
         rows += [(_flag(field), shown_default(field), field.metadata["help"]) for field in fields(kind)]
     for same in method_fields().values():
         field, methods = same[0][1], [method for method, _ in same]
         rows.append((_flag(field), shown_default(field), field.metadata["help"] + _of_methods(methods)))
-    return rows
+    lines = [f"| `{flag}` | {default} | {text} |" for flag, default, text in rows]
+    return "\n".join(["| option | default | meaning |", "|---|---|---|", *lines])
 
 
 def shown_default(field: Field[Any]) -> str:
+    """A field's default, in words."""
     if (shown := field.metadata["shown"]) is not None:
         return str(shown)
-    return (
-        {True: "yes", False: "no"}.get(field.default, str(field.default))
-        if isinstance(field.default, bool)
-        else str(field.default)
-    )
+    return ("no", "yes")[field.default] if isinstance(field.default, bool) else str(field.default)
 
 
 def _option(

@@ -1,8 +1,9 @@
 """Time that bookkeeping takes for a model of many linear layers: tracing, menus, allocation, ledger,
 journal, packing; everything that is not arithmetic on weights.
 
-CPU seconds of one thread. The model is a mixture of experts of Qwen3's kind with weights of 64 x 64, by default
-48 blocks of 128 experts: 12,480 linear layers. Offers are made up, as many as entropy coding makes. Example:
+CPU seconds of one thread. The model is a mixture of experts of Qwen3's kind with weights of 64 x 64, by
+default 48 blocks of 128 experts: 12,480 linear layers. Offers are made up, as many as entropy coding makes.
+Example:
   python scripts/bench_bookkeeping.py --blocks 48 --experts 128
 """
 
@@ -80,14 +81,17 @@ def main() -> None:
             for name in block:
                 ledger.limit(name)
                 ledger.charge(name, ledger.choice(name).nbytes)
-    with TemporaryDirectory() as place, closing(Journal(Path(place, "journal"))) as journal:
-        with timed("journal, written and read"):
-            journal.claim(recipe=recipe.to_dict())
-            journal.begin("cpu")
-            for index, block in enumerate(blocks):
-                layers = {name: _fitted(plan[name], shapes[name]) for name in block}
-                journal.finish(f"fit-{index:04d}", FittedBlock(layers))
-                journal.read(f"fit-{index:04d}", FittedBlock)
+    with (
+        TemporaryDirectory() as place,
+        closing(Journal(Path(place, "journal"))) as journal,
+        timed("journal, written and read"),
+    ):
+        journal.claim(recipe=recipe.to_dict())
+        journal.begin("cpu")
+        for index, block in enumerate(blocks):
+            layers = {name: _fitted(plan[name], shapes[name]) for name in block}
+            journal.finish(f"fit-{index:04d}", FittedBlock(layers))
+            journal.read(f"fit-{index:04d}", FittedBlock)
     entries = {name: _entry(shapes[name]).to_dict() for name in names}
     with timed("packed layers put in"):
         insert_packed(model, {name: parse_layer(name, entry) for name, entry in entries.items()})
