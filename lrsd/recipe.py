@@ -49,7 +49,7 @@ class Recipe:
         options: dict[str, Any] = {"method": self.method_name}
         for part in (self.budget, self.method, self.selection, self.calibration, self.run):
             options |= {f.name: getattr(part, f.name) for f in fields(part)}
-        options["ratio"] = f"{self.budget.ratio!r}x"
+        options["ratio"] = f"{float(self.budget.ratio)!r}x"
         return {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
 
 

@@ -31,6 +31,7 @@ import traceback
 import warnings
 from collections import Counter
 from contextlib import closing
+from dataclasses import fields
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -39,7 +40,8 @@ import click
 import torch
 import transformers
 from fuzz_cases import KINDS, OUTSIDE_VALUE, Fixtures, make_fixtures
-from lrsd_cli.main import _settings, commands
+from lrsd_cli.compress import compress as compress_command
+from lrsd_cli.options import given_options, method_fields
 
 from lrsd.checkpoint.manifest import read_manifest
 from lrsd.checkpoint.verify import verify
@@ -50,17 +52,19 @@ from lrsd.export.dense import export_dense
 from lrsd.model.kinds.speech import Speech
 from lrsd.model.load import load_model
 from lrsd.model.samples import Samples, try_running
+from lrsd.recipe import GROUPS, Recipe
 from lrsd.report import summary_lines
 from lrsd.steps.fit import FittedBlock
-from lrsd.steps.observe import BlockMoments, SurveyedBlock
-from lrsd.steps.plan import Choice
+from lrsd.steps.observe import BlockMoments, ObservedBlock
+from lrsd.steps.plan import Plan
 from lrsd.work.journal import Journal
 
 # A child that has not answered after so many times --seconds is killed; address space beyond what it has.
 _PATIENCE = 4
 _ADDRESS_SPACE = 6 << 30
+_SETTINGS = {"method", *method_fields(), *(field.name for kind in GROUPS.values() for field in fields(kind))}
 _RECORDS = {
-    "text": Samples, "survey": SurveyedBlock, "moments": BlockMoments, "plan": Choice, "fit": FittedBlock,
+    "text": Samples, "observe": ObservedBlock, "moments": BlockMoments, "plan": Plan, "fit": FittedBlock,
 }  # fmt: skip
 
 
@@ -208,7 +212,10 @@ def read(kind: str, fixtures: Fixtures) -> list[torch.Tensor]:
         return read_texts(next(case.iterdir()))
     if kind == "recipe":
         arguments = ["MODEL", "--ratio", "2x", "-o", "OUT", "--recipe", str(next(case.iterdir()))]
-        _settings(dict(commands.commands["compress"].make_context("compress", arguments).params))
+        context = compress_command.make_context("compress", arguments)
+        Recipe.of(
+            **{name: v for name, v in given_options(context, context.params).items() if name in _SETTINGS}
+        )
         return []
     if kind == "manifest":
         summary_lines(read_manifest(case))

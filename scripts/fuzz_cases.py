@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from gguf import MODEL_ARCH, GGUFWriter, get_tensor_name_map
-from recipes import on
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -24,7 +23,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from lrsd.compress import compress
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
-from lrsd.settings import Calibration
 from lrsd.work.journal import partial_directory
 
 # Every value of the weights that lie outside of a case's directory.
@@ -115,11 +113,10 @@ def make_fixtures(root: Path) -> Fixtures:
         tokenizer.save_pretrained(base / name)
     (base / "gguf").mkdir()
     _write_gguf(base / "gguf" / "model.gguf", model, tokenizer)
-    calibration = Calibration(calib=str(text), samples=8, seqlen=32)
 
     def compressed(name: str, progress: Progress | None = None, **settings: Any) -> None:
-        chosen = Recipe.of(device="cpu", **settings)
-        compress(str(base / "dense"), base / name, on(on(chosen, calibration), progress))
+        chosen = Recipe.of(device="cpu", calib=str(text), samples=8, seqlen=32, **settings)
+        compress(str(base / "dense"), base / name, chosen, progress)
 
     compressed("entropy", ratio=3.0, scope="checkpoint")
     compressed("fixed", ratio=2.5, coding="fixed", shard_size="50KB")
@@ -501,6 +498,11 @@ def packed_config(fixtures: Fixtures, rng: Random) -> None:
         packing["layers"] = damage_json(packing["layers"], rng)
     else:
         entry = packing["layers"][rng.choice(sorted(packing["layers"]))]
+        if rng.randrange(3) == 0:  # as in format version 1
+            terms = entry.pop("terms")
+            entry |= {key: value for term in terms for key, value in term.items() if key != "form"}
+        elif entry["terms"] and rng.randrange(2):
+            entry = rng.choice(entry["terms"])
         fields = (
             "rank",
             "columns",

@@ -21,7 +21,7 @@ from lrsd_cli.main import main
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, PretrainedConfig
 
-# What a log line of the progress looks like: "survey: 2/2 model.layers.1 (0 s)".
+# What a log line of the progress looks like: "observe: 2/2 model.layers.1 (0 s)".
 _PROGRESS = re.compile(r"[\w ./-]+: (\d+ steps|\d+/\d+ .*\(\d+ s\))|needs about .* min")
 # Small enough that a run which should have failed earlier costs little.
 _SMALL = ("--samples", 8, "--seqlen", 32)
@@ -492,6 +492,16 @@ CASES: list[tuple[str, Case, str, int]] = [
     ("samples without end", option("--samples", 10**12), "more than 1,073,741,824 in all", 2),
     ("memory without end", option("--memory", "9" * 400 + "G"), "a size must look like", 2),
     ("rank 0 at 16 bit", option("--rank", 0, "--bits", 16), "rank must be at least 1", 2),
+    ("option of another method", option("--method", "ssd", "--structure", "row"),
+     "method ssd has no structure; leave it out, or use --method lrsd or gptq", 2),
+    ("flag of another method", option("--method", "svd", "--mean-correction"), "no mean-correction", 2),
+    ("block of no method typed", option("--block", 64), "method lrsd has no block", 2),
+    ("choice of another method", option("--method", "gptq", "--bits", 16), "must be one of auto, 8, 6", 2),
+    ("recipe of another method", recipe("r.json", b'{"method": "ssd", "structure": "row"}'),
+     "method ssd has no structure", 2),
+    ("no columns per group", option("--coding", "fixed", "--group", 0), "group must be at least 1", 2),
+    ("structure on top of codes", option("--structure", "row"), "add --bits 16, or --coding fixed", 2),
+    ("shards in words", option("--shard-size", "large"), "5GB or 500MB", 2),
     ("unknown device", option("--device", "abacus"), "abacus", 1),
     ("absent device", option("--device", "cuda:99"), "cuda:99", 1),
     ("no recipe", option("--recipe", "nowhere.toml"), "nowhere.toml", 2),
@@ -547,7 +557,7 @@ def test_output_directory_that_is_not_empty_stays_as_it_is(
 def test_an_output_that_nothing_can_be_renamed_to_is_refused_before_the_work(
     place: Place, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("lrsd.compress.load_subject", lambda *arguments: pytest.fail("work was begun"))
+    monkeypatch.setattr("lrsd.compress.load_source", lambda *arguments: pytest.fail("work was begun"))
     (place.directory / "empty").mkdir()
     (place.directory / "link").symlink_to(place.directory / "empty")
     monkeypatch.chdir(place.directory / "empty")

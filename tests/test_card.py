@@ -15,7 +15,7 @@ from lrsd.checkpoint.manifest import Manifest
 def manifest() -> Manifest:
     empty: dict[str, Any] = {"str": "", "int": 1, "float": 4.0, "bool": False, "float | None": None}
     known = {f.name: empty.get(getattr(f.type, "__name__", str(f.type)), {}) for f in fields(Manifest)}
-    return Manifest(**known | {"calibration": {"samples": 8, "seqlen": 32, "source": "self"}})
+    return Manifest(**known | {"recipe": {"samples": 8, "seqlen": 32, "calib": "self"}})
 
 
 @pytest.mark.parametrize("name", ["SmolLM2-135M", 'odd: "name" # x', "123", "true", "modèle", "- a", "--- "])

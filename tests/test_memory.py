@@ -14,14 +14,15 @@ from recipes import on
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lrsd.compress import compress
+from lrsd.compress import compress, dry_run
 from lrsd.errors import InputError, SettingsError
 from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
 from lrsd.model.samples import Samples
+from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration, parse_size
-from lrsd.steps.estimate import Needs, foretell, predict
+from lrsd.steps.estimate import ResourceEstimate, TimeEstimate, estimate_resources, estimate_time
 from lrsd.work.process import current_rss, peak_rss, release_freed
 from lrsd.work.residency import MappedFiles, Residence
 
@@ -60,13 +61,13 @@ def test_weights_mapped_from_files_are_released_and_read_again(tmp_path: Path) -
     assert torch.equal(mapped["changed"], tensors["changed"] + 1)
 
 
-def needs(model_dir: Path, count: int = 8, limit: int = 2**40, **changes: Any) -> Needs:
+def needs(model_dir: Path, count: int = 8, limit: int = 2**40, **changes: Any) -> ResourceEstimate:
     model = AutoModelForCausalLM.from_pretrained(model_dir)
     samples = Samples({"input_ids": torch.zeros(count, 32, dtype=torch.int64)})
     layout = find_layout(model, samples)
     settings = Recipe.of(ratio=4, batch=1, **changes)
     residence = Residence(model, limit)
-    return predict(model, layout, samples, settings, residence, budget=10**6)
+    return estimate_resources(model, layout, samples, settings, residence, budget=10**6)
 
 
 def test_samples_take_disk_not_memory(tiny_model_dir: Path) -> None:
@@ -84,13 +85,60 @@ def test_what_propagation_holds_is_counted(tiny_model_dir: Path, monkeypatch: py
     assert propagated - plain == 8 * ((9 - 5) * 160 * 160 + (8 - 4) * 64 * 160)
 
 
-def test_the_time_foretold_grows_with_the_text_and_with_propagation(tiny_model_dir: Path) -> None:
+@pytest.mark.parametrize("method", ["gptq", "svd-llm", "sparsegpt", "lrsd"])
+def test_propagation_is_counted_for_the_methods_that_propagate_or_where_it_is_asked_for(
+    tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """gptq and svd-llm calibrate on the dense model's activations, unless they are told otherwise."""
+    monkeypatch.setattr(Residence, "at_rest", lambda self: 2**40)  # beyond this process's peak so far
+    left, without, propagated = (
+        needs(tiny_model_dir, method=method, propagate=asked) for asked in (None, False, True)
+    )
+    assert propagated.memory > without.memory
+    assert propagated.disk > without.disk
+    assert left == (propagated if method == "lrsd" else without)
+
+
+@pytest.mark.parametrize("rounds", [True, False])
+def test_the_time_estimated_grows_with_the_text_and_with_propagation(
+    tiny_model_dir: Path, rounds: bool
+) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     layout = find_layout(model, Samples({"input_ids": torch.zeros(1, 8, dtype=torch.int64)}))
-    quick, slow = Recipe.of(ratio=4), Recipe.of(ratio=4, propagate=True)
-    assert foretell(layout, 60.0, 2, quick) == pytest.approx(180, rel=0.05)
-    assert foretell(layout, 60.0, 4, quick) == pytest.approx(360, rel=0.05)
-    assert foretell(layout, 60.0, 2, slow) == pytest.approx(540, rel=0.05)
+    short, long = (estimate_time(layout, 60.0, batches, rounds=rounds) for batches in (2, 4))
+    assert short.total(propagate=False) == pytest.approx(180, rel=0.05)
+    assert long.total(propagate=False) == pytest.approx(360, rel=0.05)
+    assert short.total(propagate=True) == pytest.approx(540, rel=0.05)
+    # Of a calibration pass that took twice as long as estimated, so will the rest.
+    for propagate in (False, True):
+        rest = short.total(propagate=propagate) - short.observe
+        assert short.remaining(2 * short.observe, propagate=propagate) == pytest.approx(2 * rest)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, False), ({"propagate": True}, True), ({"bits": "16"}, True),
+        ({"bits": "16", "propagate": False}, False), ({"method": "gptq"}, False),
+        ({"method": "gptq", "propagate": True}, True), ({"method": "svd-llm"}, False),
+    ],
+)  # fmt: skip
+def test_the_time_that_is_told_counts_propagation_where_it_is_to_be_expected(
+    tiny_model_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch, options: Any, expected: bool
+) -> None:
+    """An hour of each, so that what is counted can be read off."""
+    hours = TimeEstimate(observe=3600, fit=3600, propagate=3600)
+    monkeypatch.setattr("lrsd.steps.prepare.estimate_time", lambda *arguments, **named: hours)
+    said: list[str] = []
+
+    class Notes(Progress):
+        def note(self, text: str) -> None:
+            said.append(text)
+
+    calibration = Calibration(calib=str(text_file), samples=2, seqlen=8)
+    recipe = Recipe.of(ratio=1.5, allocation="uniform", **options)
+    dry_run(str(tiny_model_dir), on(recipe, calibration), Notes())
+    assert f" {180 if expected else 120} min" in said[-1]
 
 
 def test_what_does_not_fit_is_refused_before_any_work(
@@ -102,7 +150,9 @@ def test_what_does_not_fit_is_refused_before_any_work(
     def run(**changes: Any) -> None:
         compress(str(tiny_model_dir), tmp_path / "work" / "out", on(settings, calibration), **changes)
 
-    monkeypatch.setattr("lrsd.compress.survey_model", lambda *arguments: pytest.fail("work was begun"))
+    monkeypatch.setattr(
+        "lrsd.steps.prepare.observe_model", lambda *arguments, **named: pytest.fail("work was begun")
+    )
     with pytest.raises(InputError, match=r"of memory, 0\.10 GB are allowed; lower"):
         run(memory=10**8)
     with monkeypatch.context() as patch:

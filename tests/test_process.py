@@ -107,8 +107,8 @@ def test_no_hooks_stay_on_a_paged_model(tiny_model_dir: Path, text_file: Path) -
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("lrsd.work.residency._RESIDENT", 0.0)
         prepared = dry_run(str(tiny_model_dir), on(Recipe.of(ratio=4), calibration))
-    assert prepared.subject.residence.paged
-    for module in prepared.loaded.model.modules():
+    assert prepared.source.residence.paged
+    for module in prepared.source.loaded.model.modules():
         assert not module._forward_hooks
         assert not module._forward_pre_hooks
 
@@ -159,4 +159,4 @@ def test_logs_of_a_command_are_whole_lines(gguf_file: Path, text_file: Path) -> 
     done = subprocess.run(program, capture_output=True, check=True)
     assert done.stderr.endswith(b"\n")
     assert not {*range(32)} - {10} & {*done.stderr}
-    assert b"survey" in done.stderr
+    assert b"observe" in done.stderr

@@ -8,6 +8,15 @@ import click
 import pytest
 from lrsd_cli.main import commands
 
+CONTEXT = click.Context(commands)
+
+
+def command_of(name: str) -> click.Command:
+    found = commands.get_command(CONTEXT, name)
+    assert found is not None, f"there is no lrsd {name}"
+    return found
+
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 FENCED = "\n".join(re.findall(r"^```\w*\n(.*?)^```", README, re.DOTALL | re.MULTILINE))
@@ -16,8 +25,8 @@ TYPED = re.findall(r"^(?: {2,4})?(lrsd [a-z].*)$", README, re.MULTILINE)
 MENTIONED = re.findall(r"`(lrsd [a-z][^`]*)`", README)
 EXAMPLES = [
     line.strip()
-    for command in commands.commands.values()
-    for line in (command.epilog or "").splitlines()
+    for name in commands.list_commands(CONTEXT)
+    for line in (command_of(name).epilog or "").splitlines()
     if line.startswith("  lrsd")
 ]
 
@@ -36,7 +45,7 @@ def test_every_file_that_the_readme_names_is_there() -> None:
 @pytest.mark.parametrize("line", [*TYPED, *MENTIONED, *EXAMPLES])
 def test_every_command_has_these_options_and_choices(line: str) -> None:
     words = shlex.split(re.split(r"\s\d?>|\s\|", line)[0], comments=True)[1:]
-    command = commands.commands[words[0]]
+    command = command_of(words[0])
     options = {name: p for p in command.params for name in (*p.opts, *p.secondary_opts)}
     for word, following in zip(words[1:], [*words[2:], ""], strict=False):
         if word.startswith("-"):

@@ -77,7 +77,7 @@ def test_killed_at_every_journal_line_it_ends_byte_identical(
 
     test = kill_test(tiny_model_dir, text_file, tmp_path)
     journal_kills(test)
-    # Header, text, two blocks surveyed, plan, two blocks fitted, written; three times each.
+    # Header, text, two blocks observed, plan, two blocks fitted, written; three times each.
     assert sum(test.kills.values()) == 8 * 3
 
 
@@ -209,7 +209,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 finish = journal.Journal.finish
 def stop(self, step, *arguments, **named):
     finish(self, step, *arguments, **named)
-    if step == "survey-0001" and "--resume" not in sys.argv:
+    if step == "observe-0001" and "--resume" not in sys.argv:
         os.kill(os.getpid(), {int(number)})
 journal.Journal.finish = stop
 from lrsd_cli.main import main
@@ -238,13 +238,13 @@ main()
 
 @pytest.fixture
 def stopped(run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """A run that was stopped after the survey; its finished steps."""
+    """A run that was stopped after the calibration pass; its finished steps."""
     with monkeypatch.context() as patch:
         patch.setattr("lrsd.compress.fit_blocks", lambda *arguments: _stop(0, None))
         with pytest.raises(KeyboardInterrupt):
             run(resume=False)
     steps = finished(partial)
-    assert steps == ["text", "survey-0000", "survey-0001", "plan"]
+    assert steps == ["text", "observe-0000", "observe-0001", "plan"]
     return steps
 
 
@@ -281,7 +281,7 @@ def test_the_same_weights_with_another_configuration_or_tokenizer_are_another_mo
     [
         (
             {"settings": Recipe.of(ratio=3, propagate=True, batch=4)},
-            r"recipe.ratio was '4x', is '3x'",
+            r"recipe\.ratio was '4\.0x', is '3\.0x'",
         ),
         ({"settings": Recipe.of(ratio=4, batch=4)}, "recipe.propagate was True, is None"),
         ({"seed": 1}, "recipe.seed was 0, is 1"),
@@ -327,7 +327,7 @@ def test_a_finished_command_may_be_repeated_with_resume(
     first = run()
     before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in output.iterdir()}
     assert run() == first
-    with pytest.raises(InputError, match="holds the result of another run: ratio was 4, is 3"):
+    with pytest.raises(InputError, match=r"another run: ratio was '4\.0x', is '3\.0x'"):
         run(settings=Recipe.of(ratio=3, propagate=True, batch=4))
     with pytest.raises(InputError, match="holds the result of another run: model was"):
         run(model=other_model(tiny_model_dir, tmp_path / "other"))
@@ -350,7 +350,7 @@ def test_another_model_text_or_environment_is_refused_by_name(
     with pytest.raises(InputError, match="model was"):
         run(model=other_model(tiny_model_dir, tmp_path / "other"))
     with monkeypatch.context() as patch:
-        patch.setattr("lrsd.compress.version", lambda package: "99.0")
+        patch.setattr("lrsd.steps.write.version", lambda package: "99.0")
         with pytest.raises(InputError, match=r"environment\.lrsd was '0.1.0', is '99.0'"):
             run()
     torch.set_num_threads(2)
@@ -421,22 +421,22 @@ def test_a_run_killed_before_its_first_block_is_begun_anew(run: Run, partial: Pa
         assert run(resume=resume) == expected
 
 
-def test_a_resumed_run_reads_neither_text_nor_surveys_again(
+def test_a_resumed_run_reads_no_text_and_observes_nothing_again(
     run: Run, stopped: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def again(*arguments: object) -> None:
         raise AssertionError("finished work is done again")
 
-    monkeypatch.setattr("lrsd.compress.calibration_samples", again)
+    monkeypatch.setattr("lrsd.steps.prepare.calibration_samples", again)
     monkeypatch.setattr("lrsd.steps.observe.block_moments", again)
-    monkeypatch.setattr("lrsd.steps.plan._choose", again)
+    monkeypatch.setattr("lrsd.steps.plan.make_plan", again)
     assert "model.safetensors" in run()
 
 
 def test_a_resumed_run_decodes_each_record_once(
     run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Killed after everything was fitted; the fit that is left undone reads moments, which hold no curves."""
+    """Killed after everything was fitted; the fit that is left undone reads moments, which hold no menus."""
     settings = Recipe.of(ratio=4, propagate=False, batch=4)
     with monkeypatch.context() as patch:
         patch.setattr("lrsd.compress.write_checkpoint", lambda *arguments: _stop(0, None))
@@ -445,10 +445,10 @@ def test_a_resumed_run_decodes_each_record_once(
     assert finished(partial)[-1] == "fit-0001"
     content = (partial / JOURNAL).read_text().splitlines(keepends=True)
     (partial / JOURNAL).write_text("".join(content[:-1]))
-    moments = partial / "survey-0001.moments.safetensors"
+    moments = partial / "observe-0001.moments.safetensors"
     whole = moments.read_bytes()
     moments.write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(LrsdError, match=r"survey-0001\.moments"):
+    with pytest.raises(LrsdError, match=r"observe-0001\.moments"):
         run(settings=settings)
     moments.write_bytes(whole)
     decoded: list[str] = []
@@ -460,13 +460,13 @@ def test_a_resumed_run_decodes_each_record_once(
     monkeypatch.setattr(journal, "read_record", counted)
     run(settings=settings)
     assert sorted(decoded) == [
-        "fit-0000", "fit-0001", "plan", "survey-0000", "survey-0001", "survey-0001.moments", "text",
+        "fit-0000", "fit-0001", "observe-0000", "observe-0001", "observe-0001.moments", "plan", "text",
     ]  # fmt: skip
 
 
 def test_the_journal_counts_steps_by_name(stopped: list[str], partial: Path) -> None:
     with closing(Journal(partial)) as held:
-        assert [held.count(name) for name in ("text", "survey-", "fit-")] == [1, 2, 0]
+        assert [held.count(name) for name in ("text", "observe-", "fit-")] == [1, 2, 0]
         assert held.finished_steps == len(stopped) - 1
 
 
@@ -488,7 +488,7 @@ def test_a_file_system_without_locks_is_named(
     assert not partial.exists()
 
 
-@pytest.mark.parametrize("damage", ["survey-0001.safetensors", JOURNAL])
+@pytest.mark.parametrize("damage", ["observe-0001.safetensors", JOURNAL])
 def test_damaged_work_is_named(run: Run, stopped: list[str], partial: Path, damage: str) -> None:
     content = (partial / damage).read_bytes()
     (partial / damage).write_bytes(content[: len(content) // 2] + b"\n")

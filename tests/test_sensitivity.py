@@ -10,10 +10,11 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lrsd.data.tokens import token_blocks
-from lrsd.methods.base import Perturbation
-from lrsd.model.layout import Layout, exchange_weight, find_layout, read_weight
+from lrsd.methods.base import Probe
+from lrsd.model.layout import Layout, find_layout
 from lrsd.model.samples import Samples
-from lrsd.steps.sensitivity import Probe, in_float32
+from lrsd.model.slots import weight_slot
+from lrsd.steps.sensitivity import BlockProbe, in_float32
 
 
 @pytest.fixture
@@ -49,31 +50,32 @@ def test_weights_are_narrow_again_after_a_failure(model: PreTrainedModel, tokens
     assert {parameter.dtype for parameter in model.parameters()} == {torch.bfloat16}
 
 
-def perturbed(model: PreTrainedModel, layout: Layout, scale: float) -> dict[str, Perturbation]:
+def perturbed(model: PreTrainedModel, layout: Layout, scale: float) -> dict[str, Probe]:
     """Every weight with noise of this relative size; `error` is its square, which is all that matters."""
     generator = torch.Generator().manual_seed(1)
     found = {}
-    for name, spec in layout.linears.items():
-        W_OI = read_weight(model, spec)
+    for name in layout.linears:
+        W_OI = weight_slot(model, name).read()
         noise = torch.randn(W_OI.shape, generator=generator) * W_OI.std() * scale
-        found[name] = Perturbation(spec, W_OI + noise, scale**2)
+        found[name] = Probe(W_OI + noise, scale**2)
     return found
 
 
 @torch.inference_mode()
 def test_shares_of_a_block_add_up_to_the_loss_of_the_block(model: PreTrainedModel, tokens: Tensor) -> None:
     layout = find_layout(model, Samples({"input_ids": tokens}))
-    probe = Probe(model, layout, Samples({"input_ids": tokens}))
+    probe = BlockProbe(model, layout, Samples({"input_ids": tokens}))
     exact = deepcopy(model).float()
     reference = log_softmax(exact(tokens).logits, -1)
     for block in layout.blocks:
-        perturbations = perturbed(model, layout, 0.05)
-        members = [perturbations[spec.name] for group in block.groups for spec in group.linears]
+        probes = perturbed(model, layout, 0.05)
+        members = {spec.name: probes[spec.name] for group in block.groups for spec in group.linears}
         measured = probe.measure(members)
+        assert set(measured) == set(members)
         probe.advance()
         copy = deepcopy(exact)
-        for member in members:
-            exchange_weight(copy, member.spec, member.approximation_OI)
+        for name, member in members.items():
+            weight_slot(copy, name).write(member.W_OI)
         moved = log_softmax(copy(tokens).logits, -1)
         # The probe reads every second token.
         loss = float(kl_div(moved[:, ::2], reference[:, ::2], reduction="sum", log_target=True))
@@ -88,7 +90,7 @@ def test_the_layer_that_moves_the_output_more_gets_more(model: PreTrainedModel, 
     small, large = perturbed(model, layout, 0.01), perturbed(model, layout, 0.1)
     names = [spec.name for group in layout.blocks[0].groups for spec in group.linears]
     for loud in names:
-        members = [large[name] if name == loud else small[name] for name in names]
-        equal = [Perturbation(m.spec, m.approximation_OI, 1.0) for m in members]
-        measured = Probe(model, layout, Samples({"input_ids": tokens})).measure(equal)
+        members = {name: large[name] if name == loud else small[name] for name in names}
+        equal = {name: Probe(member.W_OI, 1.0) for name, member in members.items()}
+        measured = BlockProbe(model, layout, Samples({"input_ids": tokens})).measure(equal)
         assert max(measured, key=measured.__getitem__) == loud

@@ -69,6 +69,12 @@ def may_propagate(recipe: Recipe) -> bool:
     return recipe.method.propagates if asked is None else asked
 
 
+def likely_propagates(recipe: Recipe) -> bool:
+    """Whether it will be, as far as is known before the plan: codes mostly lose too little for it."""
+    asked = recipe.calibration.propagate
+    return recipe.method.propagates and not recipe.method.rounds if asked is None else asked
+
+
 def needs_sensitivity(recipe: Recipe) -> bool:
     return recipe.method.allocation(recipe.budget.allocation) in ("auto", "kl")
 

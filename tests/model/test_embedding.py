@@ -55,7 +55,7 @@ def test_the_whole_checkpoint_is_as_small_as_asked_for(
     ratio = stored_bytes(tiny_model_dir) / stored_bytes(tmp_path / "out")
     assert 2.5 <= ratio <= 2.52
     assert manifest.checkpoint_ratio == pytest.approx(ratio, rel=1e-3)
-    assert read_manifest(tmp_path / "out").settings["scope"] == "checkpoint"
+    assert read_manifest(tmp_path / "out").recipe["scope"] == "checkpoint"
 
 
 def test_a_checkpoint_ratio_that_the_embeddings_alone_exceed_is_refused(

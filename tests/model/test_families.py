@@ -200,7 +200,7 @@ def test_family(make_model, text_file: Path, tmp_path: Path, name: str, mode: st
     # At 16 bit the last bytes are a rank in a layer or two: the others are as they were.
     assert sorted(errors)[-3 if mode == "16 bit" else -1] <= 1e-5
     assert max(errors) <= 1e-2
-    text = calibration.source if family.head is Speech else str(text_file)
+    text = calibration.calib if family.head is Speech else str(text_file)
     result = evaluate(str(whole), (text,), seqlen=32, windows=2, dense=str(base))
     assert abs(result.divergence[0].kl) <= (5e-3 if mode == "16 bit" else 1e-3)
     assert len(result.perplexity) == (family.head in (Causal, Seq2Seq, Masked))

@@ -233,11 +233,11 @@ def test_blocks_that_are_told_the_tokens_are_replayed_with_their_own(tokenizer, 
     with torch.inference_mode():
         layout = find_layout(model, batches[0])
         replay = Replay.start(model, layout, batches)
-        stream = replay.entering[0]
+        stream = replay.inputs[0]
         for index in range(2):
-            behind = Stream()
-            replay.run_all(index, stream, into=behind)
-            stream = behind
+            outputs = Stream()
+            replay.pass_(index, stream, outputs)
+            stream = outputs
         for samples, hidden in zip(batches, stream, strict=True):
             expected = model(**samples.inputs).logits
             torch.testing.assert_close(model.lm_head(model.transformer.ln_f(hidden)), expected)

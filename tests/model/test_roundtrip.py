@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, pipeline
 
 from lrsd.checkpoint.manifest import Manifest, read_manifest
-from lrsd.checkpoint.reader import stored_bytes
+from lrsd.checkpoint.reader import StoredModel, stored_bytes
 from lrsd.checkpoint.writer import write_model
 from lrsd.compress import compress
 from lrsd.data.tokens import token_blocks, tokenize
@@ -51,6 +51,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "four bits": {"bits": "4", "group": 24},
     "gptq": {"method": "gptq"},
     "column pruning": {"method": "columns"},
+    "sparsegpt": {"method": "sparsegpt"},
     "whole checkpoint": {"scope": "checkpoint"},
     "tied whole checkpoint": {"scope": "checkpoint"},
 }
@@ -343,6 +344,45 @@ def test_dequantized_model_is_plain_and_computes_the_same(compressed: Compressed
     model.dequantize()
     assert not any(isinstance(m, PackedLinear) for m in model.modules())
     torch.testing.assert_close(logits(model, tokens), expected, rtol=0, atol=1e-4 * float(expected.std()))
+
+
+def test_a_checkpoint_of_format_version_1_loads_and_computes_the_same(
+    compressed: Compressed, tokens: Tensor, tmp_path: Path
+) -> None:
+    """Its tensors were the same; its entries were flat."""
+    older = tmp_path / "older"
+    shutil.copytree(compressed.directory, older)
+    config = json.loads((older / "config.json").read_text())
+    packing = config["quantization_config"]
+    packing |= {
+        "format_version": 1,
+        "layers": {name: version_1_entry(entry) for name, entry in packing["layers"].items()},
+    }
+    (older / "config.json").write_text(json.dumps(config))
+    model = AutoModelForCausalLM.from_pretrained(older).eval()
+    assert torch.equal(logits(model, tokens), logits(compressed.load(), tokens))
+    packed = {n for n, m in model.named_modules() if isinstance(m, PackedLinear)}
+    assert packed == set(compressed.packed_names)
+    for before, after in zip(
+        StoredModel(older).layers(), StoredModel(compressed.directory).layers(), strict=True
+    ):
+        assert (before.name, before.packed is None) == (after.name, after.packed is None)
+        assert all(torch.equal(tensor, after.dense()[name]) for name, tensor in before.dense().items())
+    model.save_pretrained(tmp_path / "again")
+    assert torch.equal(
+        logits(AutoModelForCausalLM.from_pretrained(tmp_path / "again").eval(), tokens), logits(model, tokens)
+    )
+    weights, rewritten = (load_file(d / "model.safetensors") for d in (older, tmp_path / "again"))
+    assert all(torch.equal(tensor, rewritten[name]) for name, tensor in weights.items())
+
+
+def version_1_entry(entry: dict[str, Any]) -> dict[str, Any]:
+    """An entry of config.json as releases before format version 2 wrote it: what differs from the defaults,
+    and the rank."""
+    flat = {"rank": 0} | {key: value for key, value in entry.items() if key != "terms"}
+    for term in entry["terms"]:
+        flat |= {key: value for key, value in term.items() if key != "form"}
+    return flat
 
 
 def test_untouched_tensors_are_those_of_the_base_model(compressed: Compressed) -> None:

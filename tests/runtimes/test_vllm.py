@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, PreTrainedModel
 
 from lrsd.compress import compress
 from lrsd.errors import CheckpointError
+from lrsd.forms.lowrank import LowRank
 from lrsd.forms.packed import PackedLinear
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
@@ -408,7 +409,8 @@ def test_conv1d_weights_fused_on_disk_and_a_bias_that_is_added_once(
     model, reference = served(GPT2, directory)
     packed = reference.get_submodule("transformer.h.0.attn.c_attn")
     assert isinstance(packed, PackedLinear)
-    assert packed.layout.rank == 5  # a weight of rank 0 has nothing to turn around
+    assert packed.layer.terms[0] == LowRank(5)  # a weight of rank 0 has nothing to turn around
+    assert packed.layer.transposed
     assert packed.bias.detach().abs().min() > 0
     assert_same_outputs(model, reference)
 
@@ -426,7 +428,10 @@ def test_compiles_into_one_graph_and_holds_codes_once(plugin: ModuleType, checkp
         graph = torch.compile(lambda x, layer=layer: layer(x)[0], fullgraph=True, backend="eager")
         assert torch.equal(graph(x), layer(x)[0])
     parts = [part for part in model.modules() if isinstance(part, PackedLinear)]
-    assert all(part.codes is None or part.codes.numel() == 0 for part in parts)
+    assert parts
+    for part in parts:
+        stream = dict(part.named_parameters()).get("codes")
+        assert stream is None or stream.numel() == 0
 
 
 @pytest.mark.parametrize(
@@ -476,7 +481,9 @@ def test_tensor_parallelism_is_refused(
 
 def test_fused_tensors_in_an_order_of_their_own_are_refused(plugin: ModuleType) -> None:
     """BLOOM's and GPT-NeoX's loaders regroup query_key_value by head, which packed tensors cannot follow."""
-    quant_config = plugin.LrsdQuantizationConfig.from_config({"layers": {"h.query_key_value": {"rank": 4}}})
+    layers = {"h.query_key_value": {"terms": [{"form": "low_rank", "rank": 4}]}}
+    packing = {"quant_method": "lrsd", "format_version": 2, "layers": layers}
+    quant_config = plugin.LrsdQuantizationConfig.from_config(packing)
     with pytest.raises(ValueError, match="orders their outputs"):
         QKVParallelLinear(64, [64] * 3, quant_config=quant_config, prefix="h.query_key_value")
 
@@ -490,7 +497,7 @@ def test_what_vllm_has_no_place_for_is_refused_with_a_remedy(plugin: ModuleType,
         plugin.LrsdQuantizationConfig.from_config({**stored, "experts": experts})
     with pytest.raises(ValueError, match=r"q has a bias .*`--mean-correction`"):
         plugin.LrsdQuantizationConfig.from_config(
-            {"layers": {"q": {"rank": 1, "bias": True, "added_bias": True}}}
+            {**stored, "layers": {"q": {"terms": [], "bias": True, "added_bias": True}}}
         )
     with pytest.raises(CheckpointError, match="format version 99"):
         plugin.LrsdQuantizationConfig.from_config({**stored, "format_version": 99})
