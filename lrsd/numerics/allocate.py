@@ -101,6 +101,8 @@ def allocate_by_weight(
         found[name] = hull[0]
         sizes, lost = menu.nbytes_N[hull].tolist(), menu.errors_N[hull].tolist()
         for i in range(1, len(hull)):
+            if lost[i - 1] == lost[i]:  # exact already: dense it would be no better
+                break
             gain = weights[name] * (lost[i - 1] - lost[i]) / (sizes[i] - sizes[i - 1])
             steps.append((-gain, name, hull[i - 1], hull[i], sizes[i] - sizes[i - 1]))
     spent = allocated_bytes(menus, found)
@@ -124,7 +126,7 @@ def fill(
 
     def offer(name: str) -> None:
         menu, index = menus[name], filled[name]
-        if index + 1 == len(menu):
+        if index + 1 == len(menu) or menu.errors_N[index] == 0:
             return
         cost = int(menu.nbytes_N[index + 1] - menu.nbytes_N[index])
         if cost <= spare:
