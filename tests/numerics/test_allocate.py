@@ -77,9 +77,7 @@ def shares(allocation: Mapping[str, int], menus: dict[str, Menu]) -> torch.Tenso
     ])  # fmt: skip
 
 
-def every_allocation(
-    menus: dict[str, Menu], weights: dict[str, float], budget: int
-) -> dict[str, Allocation]:
+def every_allocation(menus: dict[str, Menu], weights: dict[str, float], budget: int) -> dict[str, Allocation]:
     return {
         "uniform": allocate_uniform(menus, budget),
         "energy": allocate_energy(menus, budget),
@@ -140,9 +138,7 @@ def test_the_weighted_allocation_is_within_one_step_of_the_best_of_all(seed: int
         count = int(random.integers(1, 8))
         menus[name] = Menu.of(1000, random.integers(1, 1000, count), random.random(count), {})
         weights[name] = float(np.exp(random.normal()))
-    budget = max(
-        int(dense_bytes(menus) / ratio), allocated_bytes(menus, allocate_smallest(menus, 10**9))
-    )
+    budget = max(int(dense_bytes(menus) / ratio), allocated_bytes(menus, allocate_smallest(menus, 10**9)))
     found = allocate_by_weight(menus, weights, budget)
     sizes, losses, steps = np.zeros(1), np.zeros(1), [0.0]
     for name, menu in menus.items():

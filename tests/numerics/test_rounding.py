@@ -222,7 +222,9 @@ def test_low_rank_and_kept_columns_on_top_of_codes_only_help(
 ) -> None:
     layer = random_layer(generator, 48, 40, "heavy")
     rounding = partial(round_groupwise, bits=2, group=8)
-    plain = decompose_coded(layer.W_OI, layer.gram, rounding, *columns_plus_codes(layer.W_OI, Metric(layer.gram), 0))
+    plain = decompose_coded(
+        layer.W_OI, layer.gram, rounding, *columns_plus_codes(layer.W_OI, Metric(layer.gram), 0)
+    )
     beside = columns_plus_codes(layer.W_OI, Metric(layer.gram), columns)
     found = decompose_coded(layer.W_OI, layer.gram, rounding, *beside, rank=rank, iterations=4)
     assert found.error == pytest.approx(layer.error(found.dense()), rel=1e-6)
