@@ -200,14 +200,7 @@ def parse_layer(name: str, entry: Any) -> Layer:
     try:
         if not isinstance(entry, dict):
             raise ValueError("it is no object")
-        if "terms" not in entry:
-            return _parse_version_1(entry)
-        terms = entry["terms"]
-        if not isinstance(terms, list) or not all(isinstance(term, dict) for term in terms):
-            raise ValueError("its terms are no list of objects")
-        flat = {key: value for key, value in entry.items() if key != "terms"}
-        check_numbers(Layer, flat)
-        layer = Layer(terms=tuple(_parse_term(dict(term)) for term in terms), **flat)
+        layer = _parse_version_2(entry) if "terms" in entry else _parse_version_1(entry)
         if layer.columns < 0 or layer.rows < 0:
             raise ValueError("numbers of channels are negative")
     except (ValueError, TypeError) as error:
@@ -215,6 +208,15 @@ def parse_layer(name: str, entry: Any) -> Layer:
             f"config.json: layer {name} cannot be read: {error}; it is {entry!r:.200}"
         ) from error
     return layer
+
+
+def _parse_version_2(entry: dict[str, Any]) -> Layer:
+    terms = entry["terms"]
+    if not isinstance(terms, list) or not all(isinstance(term, dict) for term in terms):
+        raise ValueError("its terms are no list of objects")
+    flat = {key: value for key, value in entry.items() if key != "terms"}
+    check_numbers(Layer, flat)
+    return Layer(terms=tuple(_parse_term(dict(term)) for term in terms), **flat)
 
 
 def _parse_term(entry: dict[str, Any]) -> Form:

@@ -56,19 +56,22 @@ class Masked(Form):
             raise ValueError(f"mask has {count} bits set, for {self.entries} entries")
 
     def forward(self, loaded: Tensors, x: Tensor, shape: Shape) -> Tensor:
-        kept = x[..., loaded["columns"].long()] if "columns" in loaded else x
-        return linear(kept, self._values(loaded, shape))
+        return linear(x[..., self._indices(loaded)], self._values(loaded, shape))
 
     def dense(self, loaded: Tensors, shape: Shape) -> Tensor:
         values_OK = self._values(loaded, shape).float()
-        if "columns" not in loaded:
+        if self.columns == shape.in_features:
             return values_OK
         S_OI = values_OK.new_zeros(shape.out_features, shape.in_features)
-        S_OI[:, loaded["columns"].long()] = values_OK
+        S_OI[:, self._indices(loaded)] = values_OK
         return S_OI
 
     def describe(self) -> str:
         return f"{self.entries:,} entries"
+
+    def _indices(self, loaded: Tensors) -> Tensor | slice:
+        """Those stored; where none are, it is all columns or none."""
+        return loaded["columns"].long() if "columns" in loaded else slice(self.columns)
 
     def _values(self, loaded: Tensors, shape: Shape) -> Tensor:
         mask_OK = unpack_bits(loaded["mask"], shape.out_features * self.columns)

@@ -96,7 +96,10 @@ def allocate_by_weight(
     hulls = []
     for menu in menus.values():
         first = int(np.searchsorted(menu.nbytes_N.numpy(), floor * menu.dense_bytes))
-        hulls.append(menu.hull(first))
+        hull = menu.hull(first)
+        errors = menu.errors_N.numpy()[hull]
+        # Exact already, it would be no better dense.
+        hulls.append(hull[:-1] if len(hull) > 1 and errors[-2] == errors[-1] else hull)
     found = {name: int(hull[0]) for name, hull in zip(names, hulls, strict=True)}
     spent = allocated_bytes(menus, found)
     if spent > budget:
@@ -128,7 +131,7 @@ def fill(
 
     def offer(name: str) -> None:
         menu, index = menus[name], filled[name]
-        if index + 1 == len(menu):
+        if index + 1 == len(menu) or menu.errors_N[index] == 0:
             return
         cost = int(menu.nbytes_N[index + 1] - menu.nbytes_N[index])
         if cost <= spare:

@@ -38,7 +38,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Menu:
-    """The offers of one layer that no other beats: bytes rising, error falling, the dense weight last.
+    """The offers of one layer that no other beats: bytes rising, error falling, the dense weight last, even
+    where a smaller one errs no more.
 
     nbytes_N int64, errors_N float64; parameters: of all offers but the dense one, (N - 1,) float64 each;
     sets: kept channels, which the parameter "set" numbers from 1.
@@ -62,7 +63,7 @@ class Menu:
         order = np.lexsort((lost, sizes))
         order = order[sizes[order] < dense_bytes]
         best = np.minimum.accumulate(np.append(np.inf, lost[order]))
-        order = order[(lost[order] < best[:-1]) & (lost[order] > 0)] if len(order) else order
+        order = order[lost[order] < best[:-1]]
         columns = {
             name: torch.from_numpy(np.asarray(values, dtype=np.float64)[order].copy())
             for name, values in (parameters or {}).items()

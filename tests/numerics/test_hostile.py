@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lrsd.errors import SolverError
 from lrsd.numerics.lowrank import ridged_cholesky, spectrum
+from lrsd.numerics.metric import Metric
 from lrsd.numerics.rounding import DAMPING, hessian_factor, round_ecsq, round_groupwise
 from lrsd.numerics.solver import (
     Decomposition,
@@ -76,9 +77,9 @@ METRICS: dict[str, Callable[[torch.Generator], Tensor]] = {
 }
 
 
-def coded(W_OI: Tensor, gram_II: Tensor, quantise: Callable[..., object], columns: int) -> Decomposition:
-    split, carry = columns_plus_codes(W_OI, gram_II, columns)
-    return decompose_coded(W_OI, gram_II, quantise, split, carry)
+def coded(W_OI: Tensor, gram_II: Tensor, quantize: Callable[..., object], columns: int) -> Decomposition:
+    split, factor = columns_plus_codes(W_OI, Metric(gram_II), columns)
+    return decompose_coded(W_OI, gram_II, quantize, split, factor)
 
 
 SOLVERS: dict[str, Callable[[Tensor, Tensor], Decomposition]] = {
@@ -86,8 +87,8 @@ SOLVERS: dict[str, Callable[[Tensor, Tensor], Decomposition]] = {
     "columns": lambda W, G: decompose(W, G, rank=4, columns=5),
     "rows": lambda W, G: decompose(W, G, rank=4, rows=5),
     "thresholded": lambda W, G: decompose_thresholded(W, G, rank=4, columns=5, entries=40),
-    "lattice": lambda W, G: coded(W, G, lambda w, carry: round_ecsq(w, carry, 1e-3), 0),
-    "grid": lambda W, G: coded(W, G, lambda w, carry: round_groupwise(w, carry, bits=4, group=8), 4),
+    "entropy coded": lambda W, G: coded(W, G, lambda w, factor: round_ecsq(w, factor, 1e-3), 0),
+    "group-wise": lambda W, G: coded(W, G, lambda w, factor: round_groupwise(w, factor, bits=4, group=8), 4),
 }
 
 
@@ -108,7 +109,7 @@ def test_every_solver_ends_finite_and_no_worse_than_nothing(
     found = SOLVERS[solver](W_OI, gram_II)
     assert bool(torch.isfinite(found.dense()).all())
     error = relative_error(W_OI, found.dense(), gram_II)
-    # A lattice of a step far above all outputs rounds to nothing; float32 codes add their own rounding.
+    # A step far above all outputs rounds to nothing; float32 codes add their own rounding.
     assert 0 <= error <= 1 + 1e-5, found.status
 
 
@@ -121,15 +122,16 @@ def test_propagated_targets_stay_finite_and_near_the_weight(metric: str, generat
     assert damping == 0.0  # the usual one does for all of these
 
 
-def test_damping_is_raised_by_its_steps_and_told(generator: torch.Generator) -> None:
+def test_damping_is_raised_by_its_steps_and_reported(generator: torch.Generator) -> None:
     gram_II = indefinite(generator)
     assert ridged_cholesky(gram_II, 1e-4)[1] == 0.0
     assert ridged_cholesky(gram_II, 1e-10)[1] == pytest.approx(1e-6)  # two steps of a hundred
     worse_II = gram_II - 0.02 * torch.eye(IN, dtype=torch.float64)
     assert hessian_factor(gram_II).damping == 0.0
     assert hessian_factor(worse_II).damping == pytest.approx(10 * DAMPING)
-    assert coded(torch.ones(OUT, IN, dtype=torch.float64), worse_II, lambda w, carry: round_ecsq(
-        w, carry, 1e-3), 0).damping == pytest.approx(10 * DAMPING)  # fmt: skip
+    ones_OI = torch.ones(OUT, IN, dtype=torch.float64)
+    found = coded(ones_OI, worse_II, lambda w, factor: round_ecsq(w, factor, 1e-3), 0)
+    assert found.damping == pytest.approx(10 * DAMPING)
     kept = torch.arange(IN // 2, IN)
     assert split_columns(gram_II, kept).damping == ridged_cholesky(gram_II[kept][:, kept], 1e-10)[1]
 
@@ -140,7 +142,11 @@ def test_what_has_no_solution_is_an_error(value: float, generator: torch.Generat
     gram_II[4, 4] = value
     W_OI = torch.randn(OUT, IN, generator=generator, dtype=torch.float64)
     for solve in (
-        lambda: ridged_cholesky(gram_II, 1e-4), lambda: hessian_factor(gram_II), lambda: spectrum(W_OI, gram_II)
-    ):  # fmt: skip
+        lambda: ridged_cholesky(gram_II, 1e-4),
+        lambda: hessian_factor(gram_II),
+        lambda: spectrum(W_OI, gram_II),
+        lambda: Metric(gram_II).factor,
+        lambda: Metric(gram_II).single.root,
+    ):
         with pytest.raises(SolverError):
             solve()

@@ -1,4 +1,4 @@
-"""Rounding: error feedback pays, the lattice is as cheap as theory says, degenerate layers are harmless."""
+"""Rounding: error feedback pays, codes are as cheap as theory says, degenerate layers are harmless."""
 
 import math
 from functools import partial
@@ -8,11 +8,15 @@ import torch
 from layers import DEGENERATE, KINDS, RandomLayer, random_layer
 from torch import Tensor
 
-from lrsd.numerics.allocate import grid_bytes
+from lrsd.forms.base import Shape
+from lrsd.forms.groupwise import Groupwise
+from lrsd.methods.coded import quantizer
 from lrsd.numerics.coding import entropy_encode
 from lrsd.numerics.lowrank import spectrum
+from lrsd.numerics.menu import Choice
+from lrsd.numerics.metric import Metric
 from lrsd.numerics.moments import energy
-from lrsd.numerics.rates import lattice_plans, quantiser
+from lrsd.numerics.rates import ecsq_rates
 from lrsd.numerics.rounding import (
     EntropyCodes,
     GroupCodes,
@@ -30,8 +34,8 @@ every_kind = pytest.mark.parametrize("kind", [*KINDS, *DEGENERATE])
 
 def typical_step(layer: RandomLayer, deviations: float) -> float:
     """A step at which the middle column's weights have this deviation in steps."""
-    carry = hessian_factor(layer.gram)
-    whitened_I = layer.W_OI.float().std(0)[carry.order_I] / carry.upper_II.diagonal()
+    factor = hessian_factor(layer.gram)
+    whitened_I = layer.W_OI.float().std(0)[factor.order_I] / factor.upper_II.diagonal()
     return float(whitened_I.clamp(min=1e-9).log().mean().exp()) / deviations
 
 
@@ -41,9 +45,9 @@ def test_rounding_any_layer_gives_finite_weights_of_bounded_error(
     generator: torch.Generator, kind: str, deviations: float
 ) -> None:
     layer = random_layer(generator, 40, 24, kind)
-    carry = hessian_factor(layer.gram)
-    lattice = round_ecsq(layer.W_OI, carry, typical_step(layer, deviations))
-    for codes in (lattice, round_groupwise(layer.W_OI, carry, 3, 7)):
+    factor = hessian_factor(layer.gram)
+    entropy_coded = round_ecsq(layer.W_OI, factor, typical_step(layer, deviations))
+    for codes in (entropy_coded, round_groupwise(layer.W_OI, factor, 3, 7)):
         assert codes.dense().isfinite().all()
         assert layer.error(codes.dense().double()) <= 1.1
 
@@ -65,16 +69,16 @@ def test_water_filled_steps_beat_one_step_for_all_columns_at_equal_entropy(
     generator: torch.Generator, kind: str, deviations: float
 ) -> None:
     layer = random_layer(generator, 96, 48, kind)
-    carry = hessian_factor(layer.gram)
-    filled = round_ecsq(layer.W_OI, carry, typical_step(layer, deviations))
+    factor = hessian_factor(layer.gram)
+    filled = round_ecsq(layer.W_OI, factor, typical_step(layer, deviations))
     error, size = layer.error(filled.dense().double()), entropy(filled.codes_OI)
 
     def flat(step: float) -> tuple[Tensor, Tensor]:
-        def quantise(j: int, w_O: Tensor) -> tuple[Tensor, Tensor]:
+        def quantize(j: int, w_O: Tensor) -> tuple[Tensor, Tensor]:
             code_O = (w_O / step).round()
             return code_O.int(), code_O * step
 
-        return round_columns(layer.W_OI, carry, quantise)
+        return round_columns(layer.W_OI, factor, quantize)
 
     low, high = 1e-9, 1e3
     for _ in range(60):  # the step at which the flat rounding has the same entropy
@@ -113,7 +117,7 @@ def test_the_table_of_a_rounded_normal_variable_is_what_sampling_gives(
 
 
 @pytest.mark.parametrize("deviations", [0.5, 1, 4, 30])
-def test_what_a_lattice_is_said_to_cost_and_lose_is_what_it_does(
+def test_what_entropy_coded_weights_are_said_to_cost_and_lose_is_what_they_do(
     generator: torch.Generator, deviations: float
 ) -> None:
     """Normal weights, as the prediction takes them; 3 % of the bytes and 8 % of the error."""
@@ -121,49 +125,74 @@ def test_what_a_lattice_is_said_to_cost_and_lose_is_what_it_does(
     W_OI = torch.randn(512, 128, generator=generator, dtype=torch.float64)
     # Well conditioned, so that the damping inside the feedback is no part of the error.
     gram_II = layer.gram + layer.gram.diagonal().mean() * torch.eye(128, dtype=torch.float64)
-    carry, total = hessian_factor(gram_II), energy(W_OI, gram_II)
-    step = float((W_OI.std() / carry.upper_II.diagonal()).log().mean().exp()) / deviations
-    plans = lattice_plans(W_OI, carry, None, total, [0])
-    plan = min(plans, key=lambda p: abs(math.log(p.codes.step / step)))
-    codes = round_ecsq(W_OI, carry, plan.codes.step)
-    size = entropy_encode(codes.codes_OI).numel() + 128
-    assert plan.codes.nbytes == pytest.approx(size, rel=0.03)
-    assert plan.error == pytest.approx(relative_error(W_OI, codes.dense().double(), gram_II), rel=0.08)
+    factor, total = hessian_factor(gram_II), energy(W_OI, gram_II)
+    step = float((W_OI.std() / factor.upper_II.diagonal()).log().mean().exp()) / deviations
+    rates = ecsq_rates(W_OI, factor, None, total, [0])
+    nearest = int((rates.steps_N / step).log().abs().argmin())
+    codes = round_ecsq(W_OI, factor, float(rates.steps_N[nearest]))
+    assert int(rates.streams_N[nearest]) + 128 == pytest.approx(stored_bytes(codes), rel=0.03)
+    lost = relative_error(W_OI, codes.dense().double(), gram_II)
+    assert float(rates.errors_N[nearest]) == pytest.approx(lost, rel=0.08)
 
 
-def test_codes_beside_low_rank_are_said_to_cost_what_they_do(generator: torch.Generator) -> None:
+def stored_bytes(codes: EntropyCodes) -> int:
+    """Of the codes, and a step of one byte per column."""
+    return entropy_encode(codes.codes_OI).numel() + codes.offsets_I.numel()
+
+
+def test_codes_on_top_of_low_rank_are_said_to_cost_what_they_do(generator: torch.Generator) -> None:
     layer = random_layer(generator, 512, 128)
     noise, left, right = (
         torch.randn(*s, generator=generator).double() for s in ((512, 128), (512, 6), (6, 128))
     )
     W_OI = noise + left @ right
     gram_II = layer.gram + layer.gram.diagonal().mean() * torch.eye(128, dtype=torch.float64)
-    carry, total = hessian_factor(gram_II), energy(W_OI, gram_II)
-    plans = lattice_plans(W_OI, carry, spectrum(W_OI, gram_II), total, [0, 6])
-    beside = [plan for plan in plans if plan.rank == 6]
-    plan = min(beside, key=lambda p: abs(p.codes.nbytes - 3 * W_OI.numel() / 8))
-    split, _ = columns_plus_codes(W_OI, gram_II, 0, carry)
-    found = decompose_coded(W_OI, gram_II, quantiser(plan.codes), split, carry, rank=6, iterations=2)
-    size = entropy_encode(found.codes.codes_OI).numel() + 128
-    assert plan.codes.nbytes == pytest.approx(size, rel=0.04)
-    assert plan.error == pytest.approx(found.error, rel=0.15)
-    alone = min((p for p in plans if p.rank == 0), key=lambda p: abs(p.codes.step - plan.codes.step))
-    assert plan.codes.nbytes < 0.8 * alone.codes.nbytes
+    metric, total = Metric(gram_II), energy(W_OI, gram_II)
+    rates = ecsq_rates(W_OI, metric.factor, spectrum(W_OI, gram_II), total, [0, 6])
+    sizes_N = rates.streams_N + 128
+    distant_N = (sizes_N - 3 * W_OI.numel() / 8).abs() + torch.where(rates.ranks_N == 6, 0.0, math.inf)
+    chosen = int(distant_N.argmin())
+    step = float(rates.steps_N[chosen])
+    rounding = partial(round_ecsq, step=step)
+    found = decompose_coded(
+        W_OI, gram_II, rounding, *columns_plus_codes(W_OI, metric, 0), rank=6, iterations=2
+    )
+    assert isinstance(found.codes, EntropyCodes)
+    assert int(sizes_N[chosen]) == pytest.approx(stored_bytes(found.codes), rel=0.04)
+    assert float(rates.errors_N[chosen]) == pytest.approx(found.error, rel=0.15)
+    other_N = (rates.steps_N - step).abs() + torch.where(rates.ranks_N == 0, 0.0, math.inf)
+    assert int(sizes_N[chosen]) < 0.8 * int(sizes_N[int(other_N.argmin())])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_ladder_of_steps_falls_in_bytes_and_rises_in_error(generator: torch.Generator, kind: str) -> None:
+    """For every rank; and at equal steps a rank takes bytes off the codes."""
+    layer = random_layer(generator, 96, 48, kind)
+    factor, total = hessian_factor(layer.gram), energy(layer.W_OI, layer.gram)
+    rates = ecsq_rates(layer.W_OI, factor, spectrum(layer.W_OI, layer.gram), total, [0, 4, 16])
+    for rank in (0, 4, 16):
+        order = rates.steps_N[rates.ranks_N == rank].argsort()
+        streams, errors = rates.streams_N[rates.ranks_N == rank], rates.errors_N[rates.ranks_N == rank]
+        assert len(order) > 100
+        assert (streams[order].diff() <= 0).all()
+        # The table of errors has 16 entries per octave of the deviation.
+        assert (errors[order].log().diff() >= -0.05).all()
+        assert errors[order[-1]] / errors[order[0]] > 1e4
 
 
 def test_finer_steps_and_more_bits_err_less(generator: torch.Generator) -> None:
     layer = random_layer(generator, 64, 48)
-    carry = hessian_factor(layer.gram)
+    factor = hessian_factor(layer.gram)
     steps = [typical_step(layer, 2.0**i) for i in range(-2, 6)]
-    lattices = [layer.error(round_ecsq(layer.W_OI, carry, s).dense().double()) for s in steps]
-    grids = [
-        layer.error(round_groupwise(layer.W_OI, carry, bits, 16, torch.float32).dense().double())
+    entropy_coded = [layer.error(round_ecsq(layer.W_OI, factor, s).dense().double()) for s in steps]
+    groupwise = [
+        layer.error(round_groupwise(layer.W_OI, factor, bits, 16, torch.float32).dense().double())
         for bits in (2, 3, 4, 5, 6, 8)
     ]
-    assert lattices == sorted(lattices, reverse=True)
-    assert grids == sorted(grids, reverse=True)
-    assert lattices[-1] < 1e-3
-    assert grids[-1] < 1e-3
+    assert entropy_coded == sorted(entropy_coded, reverse=True)
+    assert groupwise == sorted(groupwise, reverse=True)
+    assert entropy_coded[-1] < 1e-3
+    assert groupwise[-1] < 1e-3
 
 
 def test_steps_are_exact_powers() -> None:
@@ -188,13 +217,15 @@ def test_an_input_that_dwarfs_all_others_gets_finer_codes_not_a_lost_layer(
 
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("columns", [0, 4])
-def test_low_rank_and_kept_columns_beside_codes_only_help(
+def test_low_rank_and_kept_columns_on_top_of_codes_only_help(
     generator: torch.Generator, rank: int, columns: int
 ) -> None:
     layer = random_layer(generator, 48, 40, "heavy")
     rounding = partial(round_groupwise, bits=2, group=8)
-    plain = decompose_coded(layer.W_OI, layer.gram, rounding, *columns_plus_codes(layer.W_OI, layer.gram, 0))
-    beside = columns_plus_codes(layer.W_OI, layer.gram, columns)
+    plain = decompose_coded(
+        layer.W_OI, layer.gram, rounding, *columns_plus_codes(layer.W_OI, Metric(layer.gram), 0)
+    )
+    beside = columns_plus_codes(layer.W_OI, Metric(layer.gram), columns)
     found = decompose_coded(layer.W_OI, layer.gram, rounding, *beside, rank=rank, iterations=4)
     assert found.error == pytest.approx(layer.error(found.dense()), rel=1e-6)
     assert found.error == min(found.history)
@@ -205,12 +236,12 @@ def test_low_rank_and_kept_columns_beside_codes_only_help(
     assert float(left_OK.abs().max() if columns else 0) <= 1e-6 * float((layer.W_OI @ layer.gram).abs().max())
 
 
-def test_the_low_rank_part_is_the_optimum_for_the_codes_it_stands_beside(
+def test_the_low_rank_part_is_the_optimum_for_the_codes_below_it(
     generator: torch.Generator,
 ) -> None:
     """No step of alternating least squares on U or V improves it."""
     layer = random_layer(generator, 32, 24)
-    beside = columns_plus_codes(layer.W_OI, layer.gram, 0)
+    beside = columns_plus_codes(layer.W_OI, Metric(layer.gram), 0)
     found = decompose_coded(
         layer.W_OI, layer.gram, partial(round_groupwise, bits=2, group=8), *beside, rank=4, iterations=3
     )
@@ -221,13 +252,15 @@ def test_the_low_rank_part_is_the_optimum_for_the_codes_it_stands_beside(
     assert refitted >= found.error * (1 - 1e-9)
 
 
-def test_a_plan_names_its_rounding(generator: torch.Generator) -> None:
+def test_a_choice_names_its_rounding(generator: torch.Generator) -> None:
     layer = random_layer(generator, 16, 12)
-    carry = hessian_factor(layer.gram)
-    plan = lattice_plans(layer.W_OI, carry, None, 1.0, [0])[-1]
-    assert isinstance(quantiser(plan.codes)(layer.W_OI, carry), EntropyCodes)
-    fixed = quantiser(type(plan.codes)(0, bits=3, group=5))(layer.W_OI, carry)
+    factor = hessian_factor(layer.gram)
+    step = float(ecsq_rates(layer.W_OI, factor, None, 1.0, [0]).steps_N[-1])
+    coded = quantizer(Choice(0, parameters={"rank": 0, "step": step}))(layer.W_OI, factor)
+    assert isinstance(coded, EntropyCodes)
+    assert torch.equal(coded.codes_OI, round_ecsq(layer.W_OI, factor, step).codes_OI)
+    fixed = quantizer(Choice(0, parameters={"bits": 3, "group": 5}))(layer.W_OI, factor)
     assert isinstance(fixed, GroupCodes)
     assert int(fixed.codes_OI.max()) <= 7
     stored = fixed.scales_OG.numel() * 2 + -(-fixed.zeros_OG.numel() * 3 // 8) + -(-16 * 12 * 3 // 8)
-    assert grid_bytes(16, 12, 3, 5) == stored
+    assert Groupwise(3, 5).nbytes(Shape(16, 12)) == stored

@@ -1,0 +1,260 @@
+"""The packed layer computes what the decomposition says, from the values it says."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from layers import RandomLayer, random_layer
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from lrsd.errors import CheckpointError
+from lrsd.forms.base import Shape
+from lrsd.forms.packed import PackedLinear
+from lrsd.methods import coded, low_rank_sparse
+from lrsd.methods.base import LayerProblem, Solution
+from lrsd.model.slots import dense_linear
+from lrsd.numerics.menu import Choice
+from lrsd.numerics.metric import Metric
+from lrsd.numerics.rounding import round_ecsq, round_groupwise
+from lrsd.numerics.solver import (
+    Decomposition,
+    columns_plus_codes,
+    decompose,
+    decompose_coded,
+    decompose_thresholded,
+)
+
+OUT, IN = 19, 13  # odd, so that the bit mask does not end on a byte
+Parameters = dict[str, float]
+PLANS: dict[str, Parameters] = {
+    "low rank": {"rank": 5},
+    "columns": {"rank": 4, "columns": 3},
+    "rows": {"rank": 4, "rows": 3},
+    "thresholded": {"rank": 4, "columns": 5, "entries": 41},
+    "unstructured": {"rank": 4, "columns": IN, "entries": 41},
+    "unpivoted": {"rank": 4, "columns": 3, "pivoted": 0},
+    "unpivoted rows": {"rank": 4, "rows": 3, "pivoted": 0},
+    "columns only": {"rank": 0, "columns": 3},
+    "rows only": {"rank": 0, "rows": 3},
+    "every column": {"rank": 0, "columns": IN},
+    "nothing": {"rank": 0},
+    "full rank": {"rank": IN},
+    "full rank plus columns": {"rank": IN - 3, "columns": 3},
+    "full rank plus rows": {"rank": OUT - 10, "rows": 10},
+    "no entries": {"rank": 4, "columns": 5, "entries": 0},
+}
+CODES: dict[str, Parameters] = {
+    "entropy coded": {"step": 0.02},
+    "entropy coded plus low rank": {"rank": 3, "step": 0.05},
+    "large codes": {"step": 1e-5},
+    "nothing but zeros": {"step": 1e3},
+    "3 bit": {"bits": 3, "group": 5},
+    "8 bit plus columns": {"columns": 3, "bits": 8, "group": 64},
+    "2 bit plus both": {"rank": 2, "columns": 2, "bits": 2, "group": 4},
+}
+every_coding = pytest.mark.parametrize("parameters", CODES.values(), ids=CODES.keys())
+every_kind = pytest.mark.parametrize("parameters", PLANS.values(), ids=PLANS.keys())
+with_or_without_bias = pytest.mark.parametrize("with_bias", [False, True], ids=["", "bias"])
+
+
+def solved(layer: RandomLayer, parameters: Parameters) -> Decomposition:
+    counts = {name: int(parameters.get(name, 0)) for name in ("rank", "columns")}
+    if "entries" in parameters:
+        entries = int(parameters["entries"])
+        return decompose_thresholded(layer.W_OI, layer.gram, **counts, entries=entries)
+    return decompose(layer.W_OI, layer.gram, **counts, rows=int(parameters.get("rows", 0)))
+
+
+def stored(
+    layer: RandomLayer, parameters: Parameters, dtype: torch.dtype, bias_O: torch.Tensor | None = None
+) -> Solution:
+    """The same solution as it is stored."""
+    problem = LayerProblem(layer.W_OI, Metric(layer.gram), dtype, 0.0, bias_O=bias_O)
+    choice = Choice(0, parameters={"entries": -1} | parameters)
+    return low_rank_sparse.solve(problem, choice, iterations=5)
+
+
+def packed_linear(solution: Solution, *, transposed: bool = False) -> PackedLinear:
+    layer = replace(solution.layer, transposed=transposed)
+    return PackedLinear.holding(Shape(*solution.W_OI.shape), layer, solution.tensors)
+
+
+def bias_of(generator: torch.Generator, with_bias: bool) -> torch.Tensor | None:
+    return torch.randn(OUT, generator=generator, dtype=torch.float64) if with_bias else None
+
+
+@every_kind
+@with_or_without_bias
+def test_packed_forward_equals_the_dense_product(
+    generator: torch.Generator, parameters: Parameters, with_bias: bool
+) -> None:
+    layer, bias_O = random_layer(generator, OUT, IN), bias_of(generator, with_bias)
+    x = torch.randn(2, 7, IN, generator=generator, dtype=torch.float64)
+    expected = x @ solved(layer, parameters).dense().T + (bias_O if bias_O is not None else 0)
+    packed = packed_linear(stored(layer, parameters, torch.float32, bias_O))
+    torch.testing.assert_close(packed(x.float()), expected.float(), rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+@with_or_without_bias
+@pytest.mark.parametrize("transposed", [False, True], ids=["Linear", "Conv1D"])
+def test_dense_module_computes_what_the_packed_one_does(
+    generator: torch.Generator, parameters: Parameters, with_bias: bool, transposed: bool
+) -> None:
+    layer, bias_O = random_layer(generator, OUT, IN), bias_of(generator, with_bias)
+    packed = packed_linear(stored(layer, parameters, torch.float32, bias_O), transposed=transposed)
+    dense = dense_linear(packed, torch.float32)
+    x = torch.randn(6, IN, generator=generator)
+    assert isinstance(dense, Conv1D if transposed else nn.Linear)
+    torch.testing.assert_close(dense(x), packed(x), rtol=1e-5, atol=1e-5)
+
+
+@every_kind
+def test_bfloat16_forward_is_off_by_rounding_only(generator: torch.Generator, parameters: Parameters) -> None:
+    """Each of a handful of summed terms is rounded to 8 bits, so 2^-7 of the output's scale bounds them."""
+    packed = packed_linear(stored(random_layer(generator, OUT, IN), parameters, torch.bfloat16))
+    x = torch.randn(50, IN, generator=generator).bfloat16()
+    expected = x.float() @ packed.dense_weight().T
+    assert packed(x).dtype == torch.bfloat16
+    difference = (packed(x).float() - expected).square().mean().sqrt()
+    assert float(difference) <= 2**-7 * float(expected.square().mean().sqrt())
+
+
+@every_kind
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_packing_rounds_each_value_once(
+    generator: torch.Generator, parameters: Parameters, dtype: torch.dtype
+) -> None:
+    """Kept channels and entries are the solver's own values, cast; so are the pivot rows of L."""
+    layer, bias_O = random_layer(generator, OUT, IN), bias_of(generator, True)
+    found, tensors = solved(layer, parameters), stored(layer, parameters, dtype, bias_O).tensors
+    expected = {
+        "bias": bias_O,
+        "columns": found.columns_K,
+        "rows": found.rows_P,
+        "row_values": found.row_values_PI,
+    }
+    if found.mask_OK is not None:
+        expected["entries"] = found.column_values_OK[found.mask_OK]
+    else:
+        expected["column_values"] = found.column_values_OK
+    if "pivots" in tensors:
+        # Only to double rounding, 2^-8 in bfloat16: the solver never forms the rows of L.
+        torch.testing.assert_close(
+            tensors["weight"].double(),
+            (found.U_FR @ found.V_RC)[tensors["pivots"].long()],
+            rtol=2**-8,
+            atol=1e-9,
+        )
+    for name, value in expected.items():
+        assert value is not None
+        if name in tensors:
+            assert tensors[name].dtype == (torch.int16 if name in ("columns", "rows") else dtype)
+            assert torch.equal(tensors[name], value.to(tensors[name].dtype)), name
+        else:
+            assert value.numel() == 0 or (name == "columns" and value.numel() == IN), name
+
+
+@every_kind
+def test_state_dict_alone_restores_the_layer(generator: torch.Generator, parameters: Parameters) -> None:
+    packed = packed_linear(stored(random_layer(generator, OUT, IN), parameters, torch.bfloat16))
+    restored = PackedLinear(Shape(OUT, IN), packed.layer, torch.bfloat16)
+    restored.load_state_dict(packed.state_dict())
+    x = torch.randn(3, IN, generator=generator).bfloat16()
+    assert torch.equal(restored(x), packed(x))
+
+
+@pytest.mark.parametrize("parameters", [*PLANS.values(), *CODES.values()], ids=[*PLANS, *CODES])
+def test_a_loader_that_does_not_know_the_layer_fails_on_its_shape(
+    generator: torch.Generator, parameters: Parameters
+) -> None:
+    """No packed `weight` has the dense shape, whatever the plan, so it cannot be mistaken for one; and the
+    layer's own shape follows from its tensors."""
+    layer = random_layer(generator, OUT, IN)
+    store = rounded if parameters in CODES.values() else stored
+    solution = store(layer, parameters, torch.float32)
+    assert solution.tensors["weight"].shape != (OUT, IN)
+    assert solution.layer.shape(solution.tensors) == Shape(OUT, IN)
+
+
+def rounded(layer: RandomLayer, parameters: Parameters, dtype: torch.dtype) -> Solution:
+    problem = LayerProblem(layer.W_OI, Metric(layer.gram), dtype, 0.0)
+    return coded.solve(problem, Choice(0, parameters=parameters), iterations=2)
+
+
+def decomposed(layer: RandomLayer, parameters: Parameters) -> Decomposition:
+    metric = Metric(layer.gram)
+    if "step" in parameters:
+        rounding = partial(round_ecsq, step=parameters["step"])
+    else:
+        bits, group = int(parameters["bits"]), int(parameters["group"])
+        rounding = partial(round_groupwise, bits=bits, group=group)
+    kept = columns_plus_codes(layer.W_OI, metric, int(parameters.get("columns", 0)))
+    rank = int(parameters.get("rank", 0))
+    return decompose_coded(layer.W_OI, layer.gram, rounding, *kept, rank=rank, iterations=2)
+
+
+@every_coding
+def test_codes_decode_to_the_very_values_that_the_solver_saw(
+    generator: torch.Generator, parameters: Parameters
+) -> None:
+    layer = random_layer(generator, OUT, IN)
+    found = decomposed(layer, parameters)
+    assert found.codes is not None
+    packed = packed_linear(rounded(layer, parameters, torch.bfloat16))
+    assert torch.equal(packed.decoded()[-1]["codes"].int(), found.codes.codes_OI.int())
+    if not found.rank and not found.columns_K.numel():
+        assert torch.equal(packed.dense_weight(), found.codes.dense())
+    in_float = packed_linear(rounded(layer, parameters, torch.float32))
+    torch.testing.assert_close(in_float.dense_weight(), found.dense().float(), rtol=1e-4, atol=1e-6)
+
+
+@every_coding
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_coded_forward_equals_the_dense_product(
+    generator: torch.Generator, parameters: Parameters, tokens: int
+) -> None:
+    layer = random_layer(generator, OUT, IN)
+    x = torch.randn(1, tokens, IN, generator=generator)
+    packed = packed_linear(rounded(layer, parameters, torch.float32))
+    expected = x @ packed.dense_weight().T
+    torch.testing.assert_close(packed(x), expected, rtol=1e-4, atol=1e-5)
+    packed = packed_linear(rounded(layer, parameters, torch.bfloat16))
+    scale = float(expected.square().mean().sqrt())
+    torch.testing.assert_close(packed(x.bfloat16()).float(), expected, rtol=0.02, atol=0.03 * scale + 1e-6)
+
+
+@pytest.mark.parametrize("tokens", [1, 3, 8, 9, 100])
+@pytest.mark.parametrize("shape", [(64, 128), (192, 64), (128, 320)])
+def test_the_kernel_for_few_tokens_computes_what_the_dense_product_does(
+    generator: torch.Generator, shape: tuple[int, int], tokens: int
+) -> None:
+    packed = packed_linear(rounded(random_layer(generator, *shape), {"step": 0.02}, torch.bfloat16))
+    x = torch.randn(2, tokens, shape[1], generator=generator).bfloat16()
+    expected = x.float() @ packed.dense_weight().T
+    scale = float(expected.square().mean().sqrt())
+    torch.testing.assert_close(packed(x).float(), expected, rtol=0.02, atol=0.03 * scale)
+
+
+@pytest.mark.parametrize("release", ["forget_decoded", "release_encoded"])
+@every_coding
+def test_a_layer_computes_the_same_once_codes_or_stream_are_freed(
+    generator: torch.Generator, parameters: Parameters, release: str
+) -> None:
+    packed = packed_linear(rounded(random_layer(generator, OUT, IN), parameters, torch.bfloat16))
+    x = torch.randn(3, IN, generator=generator).bfloat16()
+    before = packed(x)
+    getattr(packed, release)()
+    assert torch.equal(packed(x), before)
+    if release == "release_encoded":
+        assert packed.codes.numel() == 0
+
+
+def test_a_damaged_stream_is_named_not_run(generator: torch.Generator) -> None:
+    solution = rounded(random_layer(generator, OUT, IN), CODES["entropy coded"], torch.float32)
+    packed = packed_linear(solution)
+    packed.codes[0] = 77
+    with pytest.raises(CheckpointError, match=f"entropy part of a {OUT} x {IN} layer.*damaged"):
+        packed(torch.zeros(1, IN))
