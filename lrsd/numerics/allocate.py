@@ -89,13 +89,15 @@ def allocate_by_weight(
 ) -> Allocation:
     """Minimise sum_i weight_i error_i under the byte budget, on the lower convex hulls (Lagrange).
 
-    Args: weights: loss per unit of relative error; floor: least fraction of a layer's dense bytes.
+    Args: weights: loss per unit of relative error; floor: least fraction of a layer's dense bytes,
+        unless it is exact with less.
     Raises: BudgetError if even the cheapest offers exceed the budget.
     """
     names = list(menus)
     hulls = []
     for menu in menus.values():
-        first = int(np.searchsorted(menu.nbytes_N.numpy(), floor * menu.dense_bytes))
+        exact = int((menu.errors_N > 0).sum())  # the first offer without an error
+        first = min(exact, int(np.searchsorted(menu.nbytes_N.numpy(), floor * menu.dense_bytes)))
         hull = menu.hull(first)
         errors = menu.errors_N.numpy()[hull]
         # Exact already, it would be no better dense.

@@ -269,6 +269,8 @@ def test_a_layer_that_is_exact_in_few_bytes_is_not_stored_dense() -> None:
     for budget, expected in ((1999, {"exact": 1, "other": 2}), (600, {"exact": 1, "other": 1})):
         assert allocate_by_weight(menus, weights, budget) == expected
         assert allocate_energy(menus, budget) == expected
+        # No floor either: what is exact needs no more bytes.
+        assert allocate_by_weight(menus, weights, budget, floor=0.07) == expected
     assert fill({"exact": 0, "other": 0}, menus, 1999, weights) == {"exact": 1, "other": 2}
 
 
