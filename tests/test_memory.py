@@ -1,8 +1,10 @@
 """Memory: what is predicted covers what is held, and what is freed goes back to the system."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from shutil import copytree
 from types import SimpleNamespace
@@ -10,15 +12,19 @@ from typing import Any
 
 import pytest
 import torch
+from layers import random_layer
 from recipes import on
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lrsd.compress import compress, dry_run
 from lrsd.errors import InputError, SettingsError
+from lrsd.methods import METHODS
+from lrsd.methods.base import LayerProblem
 from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
 from lrsd.model.samples import Samples
+from lrsd.numerics.metric import Metric
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration, parse_size
@@ -59,6 +65,27 @@ def test_weights_mapped_from_files_are_released_and_read_again(tmp_path: Path) -
     assert current_rss() < held - 14 * 2**20
     assert torch.equal(mapped["read"], tensors["read"])
     assert torch.equal(mapped["changed"], tensors["changed"] + 1)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_layer_is_solved_with_goes_with_it(method: str, generator: torch.Generator) -> None:
+    """Without a garbage collection: matrices are few objects of many bytes, which never set one off."""
+    layer = random_layer(generator, 48, 40)
+    rule = METHODS[method]()
+    gc.collect()
+    gc.disable()
+    try:
+        problem = LayerProblem(layer.W_OI, Metric(layer.gram), torch.bfloat16, 1200.0)
+        metric = problem.metric
+        choice = rule.offer(problem).choice(0)
+        rule.probe(problem, rule.offer(problem))
+        rule.solve(problem, choice)
+        rule.solve(problem.single(), choice, quick=True)
+        held = [weakref.ref(o) for o in (problem, metric, metric.single, metric.gram, metric.factor.upper_II)]
+        del problem, metric
+        assert [reference() for reference in held] == [None] * len(held)
+    finally:
+        gc.enable()
 
 
 def needs(model_dir: Path, count: int = 8, limit: int = 2**40, **changes: Any) -> ResourceEstimate:
