@@ -127,7 +127,7 @@ def test_weights_to_be_converted_must_fit_before_they_are_read(
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells no more")
 def test_a_peak_is_that_of_this_process_not_of_the_one_that_started_it() -> None:
     held = torch.ones(2**28)  # 1 GB
-    program = "from lrsd.memory import peak_rss; print(peak_rss())"
+    program = "from lrsd.work.process import peak_rss; print(peak_rss())"
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert 2**26 < int(done.stdout) < held.nbytes
 

@@ -200,8 +200,7 @@ def test_the_command_says_how_to_go_on(
 ) -> None:
     program = f"""
 import os, signal, sys
-from lrsd.storage.journal import Workspace
-from lrsd.storage import journal
+from lrsd.work import journal
 signal.signal(signal.SIGINT, signal.default_int_handler)
 finish = journal.Journal.finish
 def stop(self, step, *arguments, **named):
