@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
 # Lint, types and tests in one command, on a fresh machine too. Arguments go to pytest:
 #   bash scripts/test.sh -k recipe
-# Without arguments the tests that are not slow also run on the oldest transformers that pyproject.toml admits;
-# all of them run on the newest.
+# Without arguments the tests that are not slow, and those of every family and recipe, also run on the oldest
+# transformers that pyproject.toml admits; all of them run on the newest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -49,7 +49,7 @@ run_tests() { # WHICH, then arguments of pytest
     "$venv/bin/python" -m pytest "${@:2}" | tee "$output" || failed=1
     closing+=("$title: $(tail -n 1 "$output")")
 }
-if (($# == 0)); then PYTHONPATH=$oldest run_tests oldest -m "not slow"; fi
+if (($# == 0)); then PYTHONPATH=$oldest run_tests oldest -m "not slow or oldest"; fi
 run_tests newest "$@"
 printf '%s\n' "${closing[@]}"
 exit "$failed"

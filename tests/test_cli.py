@@ -209,6 +209,7 @@ def same_checkpoint(one: Path, other: Path) -> bool:
 # --- interruption -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_leaves_nothing_behind(
     number: signal.Signals, code: int, tiny_model_dir: Path, text_file: Path, tmp_path: Path

@@ -132,6 +132,7 @@ def test_a_peak_is_that_of_this_process_not_of_the_one_that_started_it() -> None
     assert 2**26 < int(done.stdout) < held.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives mapped files back")
 def test_weights_in_turns_give_the_same_bytes_with_less_memory(
     make_model: Any, tiny_llama: Any, text_file: Path, tmp_path: Path
