@@ -75,11 +75,18 @@ def test_samples_take_disk_not_memory(tiny_model_dir: Path) -> None:
         assert many.memory == pytest.approx(few.memory, rel=0.01)
 
 
-def test_what_propagation_holds_is_counted(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of down_proj (64, 160), the largest: moments and cross moments, targets and steps in float64."""
+def test_what_propagation_holds_is_that_of_one_layer_and_grows_with_its_width(
+    make_model: Any, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the width is twice the weights and four times the moments; other blocks wait on disk."""
     monkeypatch.setattr(Residence, "at_rest", lambda self: 2**40)  # beyond this process's peak so far
-    plain, propagated = (needs(tiny_model_dir, propagate=propagate).memory for propagate in (False, True))
-    assert propagated - plain == 8 * ((9 - 5) * 160 * 160 + (8 - 4) * 64 * 160)
+    held = {}
+    for name, changes in (("", {}), ("deep", {"num_hidden_layers": 4}), ("wide", {"intermediate_size": 320})):
+        model = make_model(tiny_llama(**changes))
+        plain, propagated = (needs(model, propagate=propagate).memory for propagate in (False, True))
+        held[name] = propagated - plain
+    assert 0 < held[""] == held["deep"]
+    assert 2 * held[""] < held["wide"] < 4 * held[""]
 
 
 def test_the_time_foretold_grows_with_the_text_and_with_propagation(tiny_model_dir: Path) -> None:

@@ -52,6 +52,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "whole checkpoint": {"scope": "checkpoint"},
     "tied whole checkpoint": {"scope": "checkpoint"},
 }
+# One of each form in the fast loop: columns and masks, codes of a stream, of fixed width, int8 embeddings.
+QUICK = {"lrsd", "gpt2 entropy", "four bits", "whole checkpoint"}
+CASES = [
+    pytest.param(name, marks=() if name in QUICK else (pytest.mark.slow, pytest.mark.oldest))
+    for name in RECIPES
+]
 RATIO = 1.6
 
 
@@ -88,7 +94,7 @@ def bases(make_model, tiny_model_dir: Path, tiny_llama) -> dict[str, Path]:
     }
 
 
-@pytest.fixture(scope="module", params=RECIPES, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(scope="module", params=CASES, ids=lambda name: name.replace(" ", "-"))
 def compressed(
     request: pytest.FixtureRequest,
     bases: dict[str, Path],
