@@ -131,6 +131,7 @@ def test_weights_to_be_converted_must_fit_before_they_are_read(
         load_model(str(tmp_path / "wide"), memory=nbytes - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells no more")
 def test_a_peak_is_that_of_this_process_not_of_the_one_that_started_it() -> None:
     held = torch.ones(2**28)  # 1 GB

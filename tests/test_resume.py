@@ -74,6 +74,7 @@ def kill_test(model: Path, text: Path, place: Path) -> Any:
     return KillTest([str(model), "--ratio", "4x", "--calib", str(text), *size], place)
 
 
+@pytest.mark.slow
 def test_killed_at_every_journal_line_it_ends_byte_identical(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -428,6 +429,7 @@ def test_a_journal_killed_while_it_was_removed_is_none(
     assert "model.safetensors" in run(resume=resume)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_run_killed_before_its_first_block_is_begun_anew(run: Run, partial: Path, resume: bool) -> None:
     expected = run()
