@@ -21,7 +21,10 @@ def calibration(text_file: Path) -> Calibration:
     return Calibration(calib=str(text_file), samples=8, seqlen=32)
 
 
-@pytest.mark.parametrize("ratio", [1.1, 1.5, 3, 4, 16 / 3, 8])
+SLOW = pytest.mark.slow
+
+
+@pytest.mark.parametrize("ratio", [1.1, 4, *(pytest.param(r, marks=SLOW) for r in (1.5, 3, 16 / 3, 8))])
 def test_entropy_coded_layers_land_on_the_budget(
     tiny_model_dir: Path, calibration: Calibration, tmp_path: Path, ratio: float
 ) -> None:
@@ -33,7 +36,7 @@ def test_entropy_coded_layers_land_on_the_budget(
     assert {layer.coding for layer in manifest.layers.values()} <= {"entropy", None}
 
 
-@pytest.mark.parametrize("bits", ["2", "3", "4", "5", "6", "8"])
+@pytest.mark.parametrize("bits", ["3", "8", *(pytest.param(b, marks=SLOW) for b in "2456")])
 def test_a_width_is_kept_to_and_kept_columns_use_what_is_left(
     tiny_model_dir: Path, calibration: Calibration, tmp_path: Path, bits: str
 ) -> None:
@@ -46,6 +49,7 @@ def test_a_width_is_kept_to_and_kept_columns_use_what_is_left(
     assert sum(layer.code_bits == int(bits) for layer in manifest.layers.values()) >= 12
 
 
+@pytest.mark.slow
 def test_mixed_widths_beat_one_width_at_the_same_bytes(
     tiny_model_dir: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
@@ -87,6 +91,7 @@ def test_what_a_layer_takes_too_much_is_shared_by_those_to_come() -> None:
     assert purse.limit("third") == 6000 - 2160 - 1900
 
 
+@pytest.mark.slow
 def test_propagation_is_spent_where_the_loss_is_not_small_anyway(
     tiny_model_dir: Path, calibration: Calibration, tmp_path: Path
 ) -> None:
