@@ -52,9 +52,9 @@ def layers() -> Layers:
         replay = Replay.start(loaded.model, layout, [samples])
         before = replay.inputs[0]
         for index, block in enumerate(layout.blocks[:3]):
-            behind = Stream()
-            moments = block_moments(replay, index, before, behind)
-            before = behind
+            outputs = Stream()
+            moments = block_moments(replay, index, before, outputs)
+            before = outputs
             for group in block.groups:
                 gram_II = moments[group.name].gram
                 for spec in group.linears:
@@ -63,7 +63,7 @@ def layers() -> Layers:
 
 
 def test_chosen_columns_beat_the_best_of_fifty_random_sets(layers: Layers) -> None:
-    """On at least 95 % of the layers, at a quarter of full rank beside a sixteenth of the columns."""
+    """On at least 95 % of the layers, at a quarter of full rank plus a sixteenth of the columns."""
     generator = torch.Generator().manual_seed(0)
     beaten = []
     for W_OI, gram_II in layers.values():
