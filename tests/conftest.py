@@ -1,5 +1,6 @@
 """Tiny random models with a real tokenizer, and a text to calibrate on. Nothing is downloaded."""
 
+import os
 import pydoc_data.topics
 from collections.abc import Callable
 from pathlib import Path
@@ -7,7 +8,12 @@ from typing import Any
 
 import pytest
 import torch
+from deprecations import pytest_configure  # noqa: F401 - a hook
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+# Read when the libraries are imported, here and in processes that tests start.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast
 
 MakeModel = Callable[..., Path]

@@ -650,24 +650,38 @@ def test_code_in_a_checkpoint_is_never_run(
 @pytest.mark.parametrize(
     ("arguments", "way_on"),
     [
-        ("compress MODEL --ratio 2 --calib owner/nonesuch --seqlen 64 -o new", "--calib FILE"),
-        ("compress MODEL --ratio 2 --calib wikitext --seqlen 64 -o new", "--calib FILE"),
+        ("compress MODEL --ratio 2 --calib owner/nonesuch --seqlen 64 -o NEW", "--calib FILE"),
+        ("compress MODEL --ratio 2 --calib wikitext --seqlen 64 -o NEW", "--calib FILE"),
         ("eval MODEL", "--ppl FILE"),
         ("eval owner/nonesuch --ppl TEXT", "owner/nonesuch, which is no directory here"),
-        ("compress nowhere --ratio 2 -o new", "nowhere, which is no directory here"),
+        ("compress nowhere --ratio 2 -o NEW", "nowhere, which is no directory here"),
     ],
 )
 def test_nothing_on_the_network_can_be_reached(
-    arguments: str, way_on: str, place: Place, tmp_path: Path
+    arguments: str,
+    way_on: str,
+    place: Place,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """In processes of their own, as users run it: libraries read HF_HUB_OFFLINE when imported."""
-    known = {"MODEL": str(place.model), "TEXT": str(place.text)}
-    command = [sys.executable, "-m", "lrsd_cli.main", *(known.get(word, word) for word in arguments.split())]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}
+    """HF_HUB_OFFLINE is set for all tests, see conftest.py."""
+    monkeypatch.chdir(place.directory)
+    known = {"MODEL": place.model, "TEXT": place.text, "NEW": place.directory / "new"}
+    words = tuple(known.get(word, word) for word in arguments.split())
+    assert way_on in _complaint(_run(monkeypatch, capfd, words), 1)
+    assert list(place.directory.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_process_of_its_own_complains_alike(place: Place, tmp_path: Path) -> None:
+    """As users run it, with nothing in the cache."""
+    command = [sys.executable, "-m", "lrsd_cli.main", "compress", place.model, "--ratio", "2", "-o", "new"]
     found = subprocess.run(
-        command, env=environment, cwd=place.directory, capture_output=True, text=True, timeout=60
-    )
-    assert way_on in _complaint(Outcome(found.returncode, found.stdout, found.stderr), 1)
+        [*command, "--calib", "wikitext", "--seqlen", "64"],
+        env=os.environ | {"HF_HOME": str(tmp_path / "home")},
+        cwd=place.directory, capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert "--calib FILE" in _complaint(Outcome(found.returncode, found.stdout, found.stderr), 1)
     assert list(place.directory.iterdir()) == []
 
 

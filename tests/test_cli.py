@@ -16,7 +16,8 @@ from typing import Any, Literal, get_args, get_origin
 import click
 import pytest
 from click.testing import CliRunner, Result
-from lrsd_cli.main import commands
+from forks import Ended, run_in_fork
+from lrsd_cli.main import commands, main
 from lrsd_cli.options import given_options
 from safetensors.torch import load_file
 
@@ -54,6 +55,16 @@ def start(*arguments: object) -> subprocess.Popen[str]:
     command = [sys.executable, "-c", program, *map(str, arguments)]
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
     return subprocess.Popen(command, env=os.environ | {"HF_HUB_OFFLINE": "1"}, **pipes)
+
+
+def lrsd(*arguments: object) -> Ended:
+    """One command to its end, with files of its own for stdout and stderr."""
+
+    def work() -> None:
+        sys.argv = ["lrsd", *map(str, arguments)]
+        main()
+
+    return run_in_fork(work)
 
 
 @pytest.fixture(scope="session")
@@ -182,17 +193,15 @@ def test_help_answers_at_once() -> None:
 def test_json_is_alone_on_stdout(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
     output = tmp_path / "new"
     text = ("--calib", text_file, *SMALL)
-    process = start("compress", tiny_model_dir, "--ratio", "80%", *text, "-o", output, "--json")
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0
+    code, stdout, stderr = lrsd("compress", tiny_model_dir, "--ratio", "80%", *text, "-o", output, "--json")
+    assert code == 0, stderr
     written = [json.loads((output / name).read_text()) for name in ("lrsd.json", "run.json")]
     assert json.loads(stdout) == written[0] | written[1]
     assert re.search(r"^observe: 2/2 ", stderr, re.MULTILINE)
 
     texts = ("--ppl", text_file, "--seqlen", "64", "--windows", "2")
-    process = start("eval", output, *texts, "--kl", tiny_model_dir, "--speed", "--json")
-    stdout, stderr = process.communicate()
-    assert process.returncode == 0
+    code, stdout, stderr = lrsd("eval", output, *texts, "--kl", tiny_model_dir, "--speed", "--json")
+    assert code == 0, stderr
     found = json.loads(stdout)
     assert found["perplexity"][0]["scored_tokens"] == 2 * 63
     assert found["divergence"][0]["kl"] > 0
@@ -299,6 +308,7 @@ def same_checkpoint(one: Path, other: Path) -> bool:
 # --- interruption -----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_stopped_run_leaves_nothing_behind(
     number: signal.Signals, code: int, tiny_model_dir: Path, text_file: Path, tmp_path: Path
@@ -320,6 +330,7 @@ def test_a_stopped_run_leaves_nothing_behind(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_signal_amid_a_line_of_progress_stops_as_any_other(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -58,10 +58,10 @@ def copy(source: Path, place: Path) -> Path:
     return place
 
 
-@pytest.fixture
-def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
-    """A good model whose two shards are named by an index."""
-    place = copy(tiny_model_dir, tmp_path / "model")
+@pytest.fixture(scope="module")
+def good_model(tiny_model_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that loads, whose two shards are named by an index."""
+    place = copy(tiny_model_dir, tmp_path_factory.mktemp("hostile") / "model")
     tensors = load_file(place / "model.safetensors")
     (place / "model.safetensors").unlink()
     names = sorted(tensors)
@@ -70,7 +70,13 @@ def model(tiny_model_dir: Path, tmp_path: Path) -> Path:
         save_file({name: tensors[name] for name in part}, place / f"{number}.safetensors", {"format": "pt"})
         weight_map |= dict.fromkeys(part, f"{number}.safetensors")
     (place / INDEX_NAME).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    load_model(str(place))
     return place
+
+
+@pytest.fixture
+def model(good_model: Path, tmp_path: Path) -> Path:
+    return copy(good_model, tmp_path / "model")
 
 
 # --- what leads out of the directory, or is no file -----------------------------------------------------
@@ -280,7 +286,6 @@ HOSTILE: list[tuple[Callable[[Path], None], str]] = [
 
 @pytest.mark.parametrize(("spoil", "says"), HOSTILE, ids=lambda value: getattr(value, "__name__", str(value)))
 def test_refused_by_name_at_once(spoil: Callable[[Path], None], says: str, model: Path) -> None:
-    load_model(str(model))  # it was a good one
     spoil(model)
     before, start = current_rss(), time.perf_counter()
     with pytest.raises(LrsdError, match=says):
@@ -290,6 +295,7 @@ def test_refused_by_name_at_once(spoil: Callable[[Path], None], says: str, model
 
 
 def test_what_the_files_hold_beyond_the_model_is_told(model: Path) -> None:
+    assert load_model(str(model)).ignored == ()
     tensors = load_file(model / "1.safetensors")
     save_file(tensors | {"stranger": torch.zeros(3)}, model / "1.safetensors", {"format": "pt"})
     assert load_model(str(model)).ignored == ("stranger",)
@@ -545,6 +551,7 @@ def test_json_of_a_device_is_refused() -> None:
         read_json(Path("/dev/zero"))
 
 
+@pytest.mark.slow
 def test_a_short_run_of_the_fuzzer() -> None:
     script = Path(__file__).parents[1] / "scripts" / "fuzz.py"
     limit = resource.getrlimit(resource.RLIMIT_AS)

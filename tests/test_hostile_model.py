@@ -68,7 +68,9 @@ def one_row(tensors: dict[str, torch.Tensor]) -> None:
     tensors["model.embed_tokens.weight"][1:] = tensors["model.embed_tokens.weight"][:1]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "mode", ["codes, propagated", *(pytest.param(m, marks=pytest.mark.slow) for m in MODES if "," not in m)]
+)
 @pytest.mark.parametrize("change", [dead_channels, outlier_channels, nothing_in_a_layer, one_row])
 def test_the_budget_holds_and_the_result_is_finite(
     mode: str, change: Change, tiny_model_dir: Path, text_file: Path, tmp_path: Path

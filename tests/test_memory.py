@@ -105,11 +105,18 @@ def test_samples_take_disk_not_memory(tiny_model_dir: Path) -> None:
         assert many.memory == pytest.approx(few.memory, rel=0.01)
 
 
-def test_what_propagation_holds_is_counted(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of down_proj (64, 160), the largest: moments and cross moments, targets and steps in float64."""
+def test_what_propagation_holds_is_that_of_one_layer_and_grows_with_its_width(
+    make_model: Any, tiny_llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice the width is twice the weights and four times the moments; other blocks wait on disk."""
     monkeypatch.setattr(Residence, "at_rest", lambda self: 2**40)  # beyond this process's peak so far
-    plain, propagated = (needs(tiny_model_dir, propagate=propagate).memory for propagate in (False, True))
-    assert propagated - plain == 8 * ((9 - 5) * 160 * 160 + (8 - 4) * 64 * 160)
+    held = {}
+    for name, changes in (("", {}), ("deep", {"num_hidden_layers": 4}), ("wide", {"intermediate_size": 320})):
+        model = make_model(tiny_llama(**changes))
+        plain, propagated = (needs(model, propagate=propagate).memory for propagate in (False, True))
+        held[name] = propagated - plain
+    assert 0 < held[""] == held["deep"]
+    assert 2 * held[""] < held["wide"] < 4 * held[""]
 
 
 @pytest.mark.parametrize("method", ["gptq", "svd-llm", "sparsegpt", "lrsd"])
@@ -203,6 +210,7 @@ def test_weights_to_be_converted_must_fit_before_they_are_read(
         load_model(str(tmp_path / "wide"), memory=nbytes - 1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the system tells no more")
 def test_a_peak_is_that_of_this_process_not_of_the_one_that_started_it() -> None:
     held = torch.ones(2**28)  # 1 GB
@@ -211,6 +219,7 @@ def test_a_peak_is_that_of_this_process_not_of_the_one_that_started_it() -> None
     assert 2**26 < int(done.stdout) < held.nbytes
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux gives mapped files back")
 def test_paged_weights_give_the_same_bytes_with_less_memory(
     make_model: Any, tiny_llama: Any, text_file: Path, tmp_path: Path

@@ -6,7 +6,6 @@ import os
 import random
 import re
 import signal
-import subprocess
 import sys
 from collections.abc import Callable
 from contextlib import closing
@@ -17,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from forks import Ended, run_in_fork
+from lrsd_cli.main import main
 from recipes import on
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +36,13 @@ SETTINGS = Recipe.of(ratio=4, propagate=True, batch=4)
 SAMPLES = 8
 
 Run = Callable[..., dict[str, bytes]]
+
+
+@pytest.fixture(scope="module")
+def tiny_model_dir(make_model: Any, tiny_llama: Any) -> Path:
+    """Two small blocks: there are hundreds of sessions, and each costs what it reads and writes."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "num_key_value_heads": 1}
+    return make_model(tiny_llama(**sizes))
 
 
 @pytest.fixture
@@ -70,6 +78,7 @@ def kill_test(model: Path, text: Path, place: Path) -> Any:
     return KillTest([str(model), "--ratio", "4x", "--calib", str(text), *size], place)
 
 
+@pytest.mark.slow
 def test_killed_at_every_journal_line_it_ends_byte_identical(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -81,6 +90,7 @@ def test_killed_at_every_journal_line_it_ends_byte_identical(
     assert sum(test.kills.values()) == 8 * 3
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_and_at_writes_it_ends_byte_identical(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -103,7 +113,7 @@ class Faults:
         self.left = 0
         self._fault = fault
         for module in (files, streams):
-            patch.setattr(module, "save_file", self._before(files.save_file))
+            patch.setattr(module, "save_file", self._before(save_file))
         patch.setattr("transformers.modeling_utils.safe_save_file", self._before(save_file))
         patch.setattr(Path, "write_text", self._before(Path.write_text))
         patch.setattr(os, "fsync", self._before(os.fsync))
@@ -163,6 +173,7 @@ def test_a_full_disk_at_any_write_loses_nothing(
     assert "--resume" in said[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_at_any_write_loses_nothing(
     run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
@@ -202,22 +213,36 @@ def finished(partial: Path) -> list[str]:
 def test_the_command_says_how_to_go_on(
     number: signal.Signals, code: int, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    program = f"""
-import os, signal, sys
-from lrsd.work import journal
-signal.signal(signal.SIGINT, signal.default_int_handler)
-finish = journal.Journal.finish
-def stop(self, step, *arguments, **named):
-    finish(self, step, *arguments, **named)
-    if step == "observe-0001" and "--resume" not in sys.argv:
-        os.kill(os.getpid(), {int(number)})
-journal.Journal.finish = stop
-from lrsd_cli.main import main
-main()
-"""
-    options = ["--ratio", "4x", "--calib", str(text_file), "--samples", "8", "--seqlen", "32"]
-    command = [sys.executable, "-c", program, "compress", str(tiny_model_dir), *options, "-o", "out"]
-    stopped = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    finish = Journal.finish
+
+    def stop(self: Journal, step: str, *arguments: Any, **named: Any) -> None:
+        finish(self, step, *arguments, **named)
+        if step == "observe-0001" and "--resume" not in sys.argv:
+            os.kill(os.getpid(), number)
+
+    size = ["--samples", "8", "--seqlen", "32"]
+    command = [
+        "compress",
+        str(tiny_model_dir),
+        "--ratio",
+        "4x",
+        "--calib",
+        str(text_file),
+        *size,
+        "-o",
+        "out",
+    ]
+
+    def lrsd(*more: str) -> Ended:
+        def work() -> None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            setattr(Journal, "finish", stop)  # noqa: B010 - this process is thrown away
+            sys.argv = ["lrsd", *command, *more]
+            main()
+
+        return run_in_fork(work, tmp_path)
+
+    stopped = lrsd()
     assert (stopped.returncode, stopped.stdout) == (code, "")
     said = stopped.stderr.splitlines()[-1]
     assert said.endswith(
@@ -225,10 +250,10 @@ main()
     )
     assert said.startswith({130: "interrupted; ", 143: "terminated; "}[code])
 
-    again = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    again = lrsd()
     assert again.returncode == 1
     assert "add --resume" in again.stderr
-    resumed = subprocess.run([*command, "--resume"], capture_output=True, text=True, cwd=tmp_path)
+    resumed = lrsd("--resume")
     assert resumed.returncode == 0, resumed.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -254,7 +279,7 @@ def other_model(model: Path, place: Path) -> Path:
     for path in model.iterdir():
         (place / path.name).write_bytes(path.read_bytes())
     tensors = load_file(place / "model.safetensors")
-    tensors["model.layers.1.mlp.up_proj.weight"][77, 33] += 1
+    tensors["model.layers.1.mlp.up_proj.weight"][17, 13] += 1
     save_file(tensors, place / "model.safetensors", {"format": "pt"})
     return place
 
@@ -408,6 +433,7 @@ def test_a_journal_killed_while_it_was_removed_is_none(
     assert "model.safetensors" in run(resume=resume)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("resume", [True, False])
 def test_a_run_killed_before_its_first_block_is_begun_anew(run: Run, partial: Path, resume: bool) -> None:
     expected = run()

@@ -54,11 +54,13 @@ def spectrum(W_OI: Tensor, gram_II: Tensor, root_II: Tensor | None = None) -> Sp
 
 
 def _eigh(matrix_NN: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors. Raises: SolverError where the iteration does not converge."""
+    """Eigenvalues, ascending, and eigenvectors. Raises: SolverError where there are no finite ones."""
     try:
         values, vectors = torch.linalg.eigh(matrix_NN)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         raise SolverError(f"its eigenvalues cannot be found ({str(error).splitlines()[0]})") from error
+    if not bool(torch.isfinite(values).all()):  # what LAPACK makes of NaN depends on the size
+        raise SolverError("its eigenvalues are not finite")
     return values, vectors
 
 

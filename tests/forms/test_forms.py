@@ -425,7 +425,8 @@ VERSION_1 = [
     for base, flags in product(
         [
             {"rank": 0}, {"rank": 4}, {"rank": 4, "pivoted": False}, {"rank": 4, "columns": 3},
-            {"rank": 0, "columns": 3}, {"rank": 0, "columns": 13}, {"rank": 4, "rows": 3}, {"rank": 0, "rows": 3},
+            {"rank": 0, "columns": 3}, {"rank": 0, "columns": 13}, {"rank": 4, "rows": 3},
+            {"rank": 0, "rows": 3},
             {"rank": 4, "columns": 3, "pivoted": False}, {"rank": 4, "rows": 3, "pivoted": False},
             {"rank": 4, "columns": 5, "entries": 41}, {"rank": 4, "columns": 13, "entries": 41},
             {"rank": 4, "columns": 5, "entries": 0}, {"rank": 3, "entries": 0},
