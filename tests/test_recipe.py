@@ -74,7 +74,7 @@ def lacking() -> list[tuple[str, str]]:
     ]
 
 
-@pytest.mark.parametrize(("method", "option"), lacking(), ids="-".join)
+@pytest.mark.parametrize(("method", "option"), lacking())
 def test_an_option_that_the_method_lacks_names_those_that_have_it(method: str, option: str) -> None:
     with pytest.raises(SettingsError) as refusal:
         Recipe.of(method=method, ratio=2, **{option: 1})

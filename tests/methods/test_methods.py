@@ -1,6 +1,6 @@
 """What every method promises: each offer can be solved, takes the bytes and loses what it said."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from typing import Any
 
@@ -162,6 +162,27 @@ def promised(found: Tried, choice: Choice) -> float:
     if isinstance(found.method, METHODS["ssd"]) or choice.number("entries", -1) >= 0:
         return 1.05 * choice.error + storage  # promised as for its low rank alone
     return 1.001 * choice.error + storage
+
+
+@pytest.mark.parametrize("bits", ["auto", "16"])
+@pytest.mark.parametrize("own", [False, True])
+def test_a_corrected_mean_is_the_layers_own(bits: str, own: bool) -> None:
+    """To the rounding of the bias; where the layer has a bias of its own, it comes on top of that."""
+    variant = VARIANTS.index(("lrsd", {"mean_correction": True} | ({"bits": "16"} if bits == "16" else {})))
+    found = tried(variant, "plain", SHAPES[0])
+    bias_O = torch.linspace(-1, 1, SHAPES[0][0]).double() if own else None
+    problem = replace(found.problem, bias_O=bias_O)
+    assert problem.input_mean_I is not None
+    assert problem.target_mean_O is not None
+    choice = found.menu.choice(0)
+    solution = found.method.solve(problem, choice)
+    mean_O = solution.W_OI.double() @ problem.input_mean_I
+    expected_O = problem.target_mean_O + (0 if bias_O is None else bias_O)
+    assert solution.layer.added_bias is not own
+    stored_O = solution.tensors["bias"].double()
+    assert stored_O.any()
+    atol = 2**-8 * float(stored_O.abs().max())
+    torch.testing.assert_close(mean_O + stored_O, expected_O, rtol=0, atol=atol)
 
 
 @every_method
