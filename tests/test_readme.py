@@ -7,6 +7,7 @@ from pathlib import Path
 import click
 import pytest
 from lrsd_cli.main import commands
+from lrsd_cli.options import option_table
 
 CONTEXT = click.Context(commands)
 
@@ -61,3 +62,8 @@ def test_every_command_is_complete(line: str) -> None:
         name, command, rest = commands.resolve_command(context, words)
         assert command is not None
         command.make_context(name, rest, parent=context)
+
+
+def test_the_table_of_options_is_that_of_the_settings() -> None:
+    """Made by `lrsd_cli.options.option_table`; print that into the README when a setting changes."""
+    assert option_table() in README
