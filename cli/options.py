@@ -111,6 +111,7 @@ def _option(
         "help": f"{text}  [default: {shown_default(field)}]",
     }
     if about["shown"] == "required":
+        del more["default"]  # None is one too, for click 8.3, and none is missing then
         more |= {"required": True, "help": text}
     if get_origin(field.type) is Literal:
         choices = dict.fromkeys(choice for f in same for choice in get_args(f.type))
