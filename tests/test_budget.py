@@ -147,6 +147,21 @@ def test_within_a_block_no_plan_depends_on_what_another_layer_took() -> None:
     assert len({choice.number("step") for choice in found[0]}) == 1
 
 
+def test_in_the_last_block_each_layer_makes_up_for_those_before_it() -> None:
+    """Or the last of them alone would: with few blocks that is a multiple of what it was planned."""
+    plan = {name: coded_choice(2000) for name in "abcd"}
+    ledger = ledger_of([["a"], ["b", "c", "d"]], plan, 8000)
+    ledger.open(0)
+    ledger.charge("a", 2000)
+    ledger.open(1)
+    assert ledger.choice("b").number("step") == 1.0
+    ledger.charge("b", 2160)
+    assert finer_by(ledger, "c") == pytest.approx(-8 * 80 / WEIGHTS)
+    ledger.charge("c", 1920)
+    assert finer_by(ledger, "d") == pytest.approx(-8 * 80 / WEIGHTS)
+    assert ledger.limit("d") == 1920
+
+
 def test_only_the_last_adjustable_layer_has_a_limit() -> None:
     """Layers after it keep what they were planned."""
     plan = {"a": coded_choice(2000), "b": coded_choice(2000), "c": Choice(SHAPE.dense_bytes)}

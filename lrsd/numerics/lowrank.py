@@ -69,7 +69,7 @@ def square_root(gram_II: Tensor) -> Tensor:
     indefinite, its eigenvectors times the roots of the eigenvalues, negative ones taken as 0.
     """
     factor_II, failed = torch.linalg.cholesky_ex(gram_II)
-    if not failed:
+    if not failed and bool(torch.isfinite(factor_II).all()):
         return factor_II
     values, vectors = _eigh(gram_II)
     return vectors * values.clamp(min=0).sqrt()

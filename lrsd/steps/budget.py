@@ -16,8 +16,9 @@ class ByteLedger:
     """What is left for the layers still to come, block by block.
 
     What a block took more or less than planned is shared by the adjustable layers of all blocks after it,
-    through a like change of their bits per weight; the last adjustable layer of all is fitted to what is
-    left. Within a block no layer's plan depends on what another one took. Linear in the number of layers.
+    through a like change of their bits per weight. Within a block no layer's plan depends on what another one
+    took; but in the last block that has adjustable layers each makes up for those before it, and the last of
+    them is fitted to what is left. Linear in the number of layers.
     """
 
     # How far below what is left the last layer may stay, as a fraction of the whole budget.
@@ -38,12 +39,12 @@ class ByteLedger:
         self._adjustable, self._last = set(adjustable), adjustable[-1] if adjustable else None
         self._weights = sum(self._count(name) for name in adjustable)
         self._planned = sum(choice.nbytes for choice in plan.values())
-        self._left, self._bits = budget, 0.0
+        self._left, self._bits, self._is_last = budget, 0.0, False
 
     def open(self, index: int) -> None:
         """A block begins: its layers take their part of what those before it left over or overdrew."""
-        self._bits = 8 * (self._left - self._planned) / self._weights if self._weights else 0.0
-        self._weights -= sum(self._count(name) for name in self._blocks[index] if name in self._adjustable)
+        self._is_last = self._last in self._blocks[index]
+        self._share()
 
     def choice(self, name: str) -> Choice:
         """The plan of a layer of this block, adjusted."""
@@ -55,8 +56,17 @@ class ByteLedger:
         return self._left - (self._planned - self._plan[name].nbytes) if name == self._last else None
 
     def charge(self, name: str, nbytes: int) -> None:
+        """A layer takes so many bytes."""
         self._planned -= self._plan[name].nbytes
         self._left -= nbytes
+        if name in self._adjustable:
+            self._weights -= self._count(name)
+        if self._is_last:
+            self._share()
+
+    def _share(self) -> None:
+        """Bits per weight by which the adjustable layers still to come make up for those before them."""
+        self._bits = 8 * (self._left - self._planned) / self._weights if self._weights else 0.0
 
     def _count(self, name: str) -> int:
         return self._shapes[name].dense_bytes // VALUE_BYTES
