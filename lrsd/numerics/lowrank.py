@@ -81,10 +81,11 @@ def _no_eigenvalues(reason: str) -> SolverError:
 
 def square_root(gram_II: Tensor) -> Tensor:
     """C with C C^T = G: the Cholesky factor, or for a singular G, which rounding makes slightly
-    indefinite, its eigenvectors times the roots of the eigenvalues, negative ones taken as 0.
+    indefinite, its eigenvectors times the roots of the eigenvalues, negative ones taken as 0. Raises:
+    SolverError.
     """
     factor_II, failed = torch.linalg.cholesky_ex(gram_II)
-    if not failed:
+    if not failed and bool(torch.isfinite(factor_II).all()):  # of an infinite G it succeeds
         return factor_II
     values, vectors = _eigh(gram_II)
     return vectors * values.clamp(min=0).sqrt()
