@@ -54,22 +54,38 @@ def spectrum(W_OI: Tensor, gram_II: Tensor, root_II: Tensor | None = None) -> Sp
 
 
 def _eigh(matrix_NN: Tensor) -> tuple[Tensor, Tensor]:
-    """Eigenvalues, ascending, and eigenvectors. Raises: SolverError where there are no finite ones."""
+    """Eigenvalues, ascending, and eigenvectors. Raises: SolverError where there are none."""
     try:
         values, vectors = torch.linalg.eigh(matrix_NN)
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
-        raise SolverError(f"its eigenvalues cannot be found ({str(error).splitlines()[0]})") from error
-    if not bool(torch.isfinite(values).all()):  # what LAPACK makes of NaN depends on the size
-        raise SolverError("its eigenvalues are not finite")
+        raise _no_eigenvalues(str(error)) from error
+    if not bool(torch.isfinite(values).all()):  # eigh does not always notice
+        raise _no_eigenvalues("they are not finite")
     return values, vectors
+
+
+def _eigvalsh(matrix_NN: Tensor) -> Tensor:
+    """Eigenvalues, ascending. Raises: SolverError where there are none."""
+    try:
+        values = torch.linalg.eigvalsh(matrix_NN)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        raise _no_eigenvalues(str(error)) from error
+    if not bool(torch.isfinite(values).all()):
+        raise _no_eigenvalues("they are not finite")
+    return values
+
+
+def _no_eigenvalues(reason: str) -> SolverError:
+    return SolverError(f"its eigenvalues cannot be found ({reason.splitlines()[0]})")
 
 
 def square_root(gram_II: Tensor) -> Tensor:
     """C with C C^T = G: the Cholesky factor, or for a singular G, which rounding makes slightly
-    indefinite, its eigenvectors times the roots of the eigenvalues, negative ones taken as 0.
+    indefinite, its eigenvectors times the roots of the eigenvalues, negative ones taken as 0. Raises:
+    SolverError.
     """
     factor_II, failed = torch.linalg.cholesky_ex(gram_II)
-    if not failed and bool(torch.isfinite(factor_II).all()):
+    if not failed and bool(torch.isfinite(factor_II).all()):  # of an infinite G it succeeds
         return factor_II
     values, vectors = _eigh(gram_II)
     return vectors * values.clamp(min=0).sqrt()
@@ -97,13 +113,14 @@ def ridged_cholesky(gram_II: Tensor, ridge: float) -> tuple[Tensor, float]:
 
 
 def spectrum_errors(W_OI: Tensor, gram_II: Tensor, root_II: Tensor | None = None) -> Tensor:
-    """`spectrum(W, G).errors()` from eigenvalues alone, at a fraction of the time; (q + 1,)."""
+    """`spectrum(W, G).errors()` from eigenvalues alone, at a fraction of the time; (q + 1,). Raises:
+    SolverError."""
     out_features, in_features = W_OI.shape
     if out_features <= in_features:
-        values = torch.linalg.eigvalsh(W_OI @ gram_II @ W_OI.T)
+        values = _eigvalsh(W_OI @ gram_II @ W_OI.T)
     else:
         outputs_OI = W_OI @ (square_root(gram_II) if root_II is None else root_II)
-        values = torch.linalg.eigvalsh(outputs_OI.T @ outputs_OI)
+        values = _eigvalsh(outputs_OI.T @ outputs_OI)
     return Spectrum(W_OI[:, :0], values.flip(0).clamp(min=0)).errors()
 
 

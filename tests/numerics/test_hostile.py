@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lrsd.errors import SolverError
-from lrsd.numerics.lowrank import ridged_cholesky, spectrum
+from lrsd.numerics.lowrank import ridged_cholesky, spectrum, spectrum_errors
 from lrsd.numerics.metric import Metric
 from lrsd.numerics.rounding import DAMPING, hessian_factor, round_ecsq, round_groupwise
 from lrsd.numerics.solver import (
@@ -141,10 +141,14 @@ def test_what_has_no_solution_is_an_error(value: float, generator: torch.Generat
     gram_II = gram_of(tokens(100, generator))
     gram_II[4, 4] = value
     W_OI = torch.randn(OUT, IN, generator=generator, dtype=torch.float64)
+    tall_OI = torch.cat([W_OI, W_OI])
     for solve in (
         lambda: ridged_cholesky(gram_II, 1e-4),
         lambda: hessian_factor(gram_II),
         lambda: spectrum(W_OI, gram_II),
+        lambda: spectrum(tall_OI, gram_II),
+        lambda: spectrum_errors(W_OI, gram_II),
+        lambda: spectrum_errors(tall_OI, gram_II),
         lambda: Metric(gram_II).factor,
         lambda: Metric(gram_II).single.root,
     ):
