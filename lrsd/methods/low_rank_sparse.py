@@ -134,7 +134,8 @@ def solve(
     """L and S at an offer; from the channels that it was measured with, which are improved on where
     iterations > 1."""
     W_OI, gram_II, rank = problem.W_OI, problem.metric.gram, choice.count("rank")
-    columns, rows, entries = choice.count("columns"), choice.count("rows"), choice.count("entries")
+    columns, rows = choice.count("columns"), choice.count("rows")
+    entries = int(choice.number("entries", -1))  # none: columns are whole
     if entries >= 0:
         found = decompose_thresholded(
             W_OI, gram_II, rank=rank, columns=columns, entries=entries, iterations=iterations

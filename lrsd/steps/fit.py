@@ -15,7 +15,6 @@ from lrsd.model.layout import InputGroup
 from lrsd.model.replay import Replay
 from lrsd.model.slots import WeightSlot, weight_slot
 from lrsd.numerics.menu import Choice
-from lrsd.numerics.metric import Metric
 from lrsd.numerics.moments import CrossMoments
 from lrsd.numerics.solver import propagated_target
 from lrsd.progress import Progress
@@ -199,7 +198,7 @@ class _BlockFit:
         form. The layers of a group share the metric, so that their rows are solved for together.
         """
         moments, cross = pair.fit + pair.held_out, pair.fit_cross + pair.held_out_cross
-        metric = Metric(moments.gram)
+        gram_II, metric = moments.gram, self.method.metric(moments)
         own = {s.name: layer_problem(self.replay, s.name, metric, math.inf) for s in group.linears}
         W_OI = torch.cat([problem.W_OI for problem in own.values()])
 
@@ -216,7 +215,7 @@ class _BlockFit:
         curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
         slopes_O = (step_OI * missing_OI).sum(1)
         del held_out_II, missing_OI, step_OI  # matrices of a wide layer's inputs take gigabytes
-        full_OI, damping = solved(metric.gram, cross)
+        full_OI, damping = solved(gram_II, cross)
         input_mean_I = moments.mean
         mean_O = W_OI @ (input_mean_I if pair.writes_residual else cross.target_mean)
         mean_O = mean_O + cross.target_mean if pair.writes_residual else mean_O
