@@ -65,7 +65,7 @@ class Accuracy:
 
 @dataclass(frozen=True, kw_only=True)
 class Speed:
-    """Tokens per second of one sequence: reading a prompt, and generating behind it. Best of repeats."""
+    """Tokens per second of one sequence: reading a prompt, and generating after it. Best of repeats."""
 
     prefill: float
     decode: float

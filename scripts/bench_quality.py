@@ -1,4 +1,4 @@
-"""Perplexity at equal bytes: lrsd beside the published methods, on a real model.
+"""Perplexity at equal bytes: lrsd and the baselines, on a real model.
 
 Example (the README's table):
   python scripts/bench_quality.py --calib wiki.valid.raw --eval wiki.test.raw

@@ -279,8 +279,8 @@ HOSTILE: list[tuple[Callable[[Path], None], str]] = [
         "more than [0-9]+ tensors",
     ),
     (config(model_type="gpt_neo", attention_types=[[["global"], 10**9]]), "attention_types is 1,000,000,000"),
-    (config(quantization_config={"quant_method": "fp8"}), "quantised by 'fp8'"),
-    (config(quantization_config=7), "quantised by 7"),
+    (config(quantization_config={"quant_method": "fp8"}), "quantized by 'fp8'"),
+    (config(quantization_config=7), "quantized by 7"),
 ]
 
 

@@ -19,7 +19,7 @@ from lrsd.model.samples import Samples
 from lrsd.model.slots import weight_slot
 from lrsd.numerics.lowrank import best_low_rank, pivot_factors, spectrum_errors
 from lrsd.numerics.solver import decompose, relative_error
-from lrsd.numerics.structured import fit_beside_columns, select_columns, split_columns
+from lrsd.numerics.structured import fit_with_columns, select_columns, split_columns
 from lrsd.recipe import Recipe
 from lrsd.steps.observe import block_moments
 from lrsd.work.streams import Stream
@@ -94,7 +94,7 @@ def test_no_step_of_alternating_least_squares_improves_on_the_closed_form(layers
         rank, count = min(W_OI.shape) // 4, W_OI.shape[1] // 16
         columns_K = select_columns(W_OI, gram_II, rank, count).kept
         split = split_columns(gram_II, columns_K)
-        U_OR, V_RC, S_OK = fit_beside_columns(W_OI, split, rank)
+        U_OR, V_RC, S_OK = fit_with_columns(W_OI, split, rank)
         closed = _error(W_OI, gram_II, columns_K, split.free_C, U_OR @ V_RC, S_OK)
         # Rows of [V 0; 0 I] span what a fixed V and a free S_J can do: one regression per output.
         basis_BI = torch.zeros(rank + count, W_OI.shape[1], dtype=torch.float64)

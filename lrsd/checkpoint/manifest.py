@@ -1,4 +1,4 @@
-"""A compressed model as a directory: written aside, synced, renamed; read back, checked, exported."""
+"""The manifest: what was done, to what, and what came of it."""
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path

@@ -66,18 +66,18 @@ def require_free(directory: Path) -> None:
 
 @contextmanager
 def new_directory(target: Path) -> Iterator[Path]:
-    """A directory that appears under its name only when complete: written aside, synced, renamed."""
+    """A directory written atomically: it appears under its name only when complete."""
     require_place(target)
     require_free(target)
     target = target.absolute()
     with refusals(target):
         target.parent.mkdir(parents=True, exist_ok=True)
-        aside = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
+        temporary = Path(tempfile.mkdtemp(prefix=f".{target.name}.", suffix=PARTIAL, dir=target.parent))
     try:
-        yield aside
-        publish(aside, target)
+        yield temporary
+        publish(temporary, target)
     except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 

@@ -130,7 +130,7 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
 
 
 def _pieces(text: str) -> Iterator[str]:
-    """The text in pieces of bounded length, cut behind line breaks; a short one as it is."""
+    """The text in pieces of bounded length, cut after line breaks; a short one as it is."""
     start = 0
     while start < len(text):
         stop = len(text)

@@ -35,7 +35,7 @@ def export_dense(directory: Path, target: Path, progress: Callable[[str], None] 
     shards = sorted({stored.shard(name) for name in stored.names})
     weight_map: dict[str, str] = {}
     total = 0
-    with new_directory(target) as aside:
+    with new_directory(target) as temporary:
         for number, (_, layers) in enumerate(groupby(stored.layers(), lambda layer: layer.shard), 1):
             tensors: dict[str, Tensor] = {}
             for layer in layers:
@@ -46,14 +46,14 @@ def export_dense(directory: Path, target: Path, progress: Callable[[str], None] 
                 if len(shards) > 1
                 else "model.safetensors"
             )
-            write_tensors(aside / name, tensors, {"format": "pt"})
+            write_tensors(temporary / name, tensors, {"format": "pt"})
             weight_map |= dict.fromkeys(tensors, name)
             total += sum(tensor.nbytes for tensor in tensors.values())
         if len(shards) > 1:
             index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-            write_json(aside / INDEX_NAME, index)
+            write_json(temporary / INDEX_NAME, index)
         write_json(
-            aside / "config.json", {k: v for k, v in stored.config.items() if k != "quantization_config"}
+            temporary / "config.json", {k: v for k, v in stored.config.items() if k != "quantization_config"}
         )
         for path in directory.iterdir():
             if (
@@ -62,8 +62,8 @@ def export_dense(directory: Path, target: Path, progress: Callable[[str], None] 
                 and path.is_file()
             ):
                 require_inside(directory, path)
-                with refusals(aside):
-                    shutil.copy2(path, aside / path.name)
+                with refusals(temporary):
+                    shutil.copy2(path, temporary / path.name)
     return total
 
 

@@ -1,4 +1,4 @@
-"""A stored layer: kept channels at 16 bit, and forms summed on what is free beside them."""
+"""A stored layer: kept channels at 16 bit, and forms summed on the other rows and columns."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -44,7 +44,7 @@ class Layer:
     | rows, row_values       | (P,), (P, I) | kept output rows                   |
     | bias                   | (O,)         |                                    |
 
-    Beside them those of the terms; without low rank an empty `weight` (0, I) and `coefficients` (O, 0).
+    Besides, those of the terms; without low rank an empty `weight` (0, I) and `coefficients` (O, 0).
     """
 
     terms: tuple[Form, ...] = ()

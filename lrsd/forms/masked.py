@@ -1,4 +1,4 @@
-"""Single entries of a matrix at 16 bit, told by a bitmask."""
+"""Single entries of a matrix at 16 bit, and a bitmask of where they are."""
 
 from dataclasses import dataclass
 from typing import ClassVar

@@ -29,7 +29,8 @@ _ALIGNMENT = 32
 def read_gguf_header(path: Path) -> dict[str, StoredTensor]:
     """The tensors that a GGUF file says it holds, and holds by its size; their types are GGUF's ("Q4_1").
 
-    Raises: InputError for a file that is cut off, of another kind or byte order, or whose header lies.
+    Raises: InputError for a file that is cut off, of another kind or byte order, or whose header is
+    inconsistent.
     """
     try:
         with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:

@@ -33,7 +33,7 @@ def require_inside(directory: Path, path: Path) -> Path:
 
 def read_json(path: Path, digits: int = _DIGITS) -> dict[str, Any]:
     """digits: of the longest number. Raises: InputError if the file is not a JSON object, or larger than any
-    honest one."""
+    legitimate one."""
     if not path.is_file():
         raise InputError(f"{path} is missing, or no regular file")
     if path.stat().st_size > _LARGEST_JSON:

@@ -1,4 +1,4 @@
-"""What a model directory holds, told from names and headers alone: nothing is loaded that is not in order."""
+"""Inventory of an untrusted model directory, from names and headers alone."""
 
 import os
 import re
@@ -26,7 +26,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 # Files of weights: those that are read are named by an index or by their kind, the others are left alone.
 _WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
-# Types a dense weight may be stored in. Others are codes of some quantisation, or no weights at all.
+# Types a dense weight may be stored in. Others are codes of some quantization, or no weights at all.
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # Settings that transformers makes as many modules or entries of, without asking whether there is a weight.
 _COUNTS = re.compile(
@@ -77,7 +77,7 @@ def take_inventory(directory: Path) -> dict[str, StoredTensor]:
                 )
     elif not isinstance(packing, dict) or packing.get("quant_method") != "lrsd":
         method = packing.get("quant_method") if isinstance(packing, dict) else packing
-        raise InputError(f"{directory} is quantised by {method!r:.40}; give the model that it was made from")
+        raise InputError(f"{directory} is quantized by {method!r:.40}; give the model that it was made from")
     return found
 
 

@@ -75,7 +75,7 @@ class LoadedModel:
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
         """Raises: InputError if there is none: speech models may come without."""
         if self.tokenizer is None:
-            raise InputError(f"{self.source} has no tokenizer; put tokenizer.json beside the weights")
+            raise InputError(f"{self.source} has no tokenizer; put tokenizer.json next to the weights")
         return self.tokenizer
 
     @property
@@ -83,7 +83,7 @@ class LoadedModel:
         limit = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
         if limit is None:
             return None
-        # RoBERTa's positions begin behind that of padding.
+        # RoBERTa's positions begin after that of padding.
         paddings = (
             module.padding_idx
             for module in self.model.modules()
@@ -179,7 +179,7 @@ def _check_size(source: str, config: PretrainedConfig, inventory: Mapping[str, S
         raise InputError(f"{source}: config.json asks for {asked:,} weights, the files hold {stored:,}")
     tables = sum(buffer.nbytes for buffer in model.buffers())
     if tables > _TABLES + stored:
-        raise InputError(f"{source}: config.json asks for tables of {tables:,} bytes beside the weights")
+        raise InputError(f"{source}: config.json asks for tables of {tables:,} bytes besides the weights")
 
 
 def _check_room(
@@ -396,7 +396,7 @@ def _load_tokenizer(where: str, source: str, arguments: dict[str, Any]) -> PreTr
             length = len(tokenizer(_PROBE_TEXT).input_ids)
     except Exception as error:  # tokenizer back ends raise errors of every kind for a missing file
         raise InputError(
-            f"{source} has no usable tokenizer ({_first_line(error)}); put tokenizer.json beside the weights"
+            f"{source} has no usable tokenizer ({_first_line(error)}); put tokenizer.json next to the weights"
         ) from error
     if length > _MOST_TOKENS * len(_PROBE_TEXT):
         raise InputError(

@@ -13,7 +13,7 @@ from lrsd.numerics.rounding import EntropyCodes, GroupCodes, HessianFactor, hess
 from lrsd.numerics.structured import (
     ColumnSplit,
     column_energies,
-    fit_beside_columns,
+    fit_with_columns,
     largest_entries,
     select_columns,
     select_rows,
@@ -91,7 +91,7 @@ def decompose(
         raise ValueError(f"keep columns or rows, not both: got {columns} columns and {rows} rows")
     if not 0 <= rank <= min(out_features - rows, in_features - columns):
         raise ValueError(
-            f"rank must be in 0..{min(out_features - rows, in_features - columns)} beside {columns} "
+            f"rank must be in 0..{min(out_features - rows, in_features - columns)} with {columns} "
             f"kept columns and {rows} kept rows of a {out_features} x {in_features} weight, got {rank}"
         )
     none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
@@ -103,7 +103,7 @@ def decompose(
     else:
         selection = select_columns(W_OI, gram_II, rank, columns, start, alternate)
         columns_K, split = selection.kept, split_columns(gram_II, selection.kept)
-        U_FR, V_RC, S_OK = fit_beside_columns(W_OI, split, rank, selection.basis_OR)
+        U_FR, V_RC, S_OK = fit_with_columns(W_OI, split, rank, selection.basis_OR)
         damping = split.damping
     found = Decomposition(
         (out_features, in_features), U_FR, V_RC, columns_K, S_OK, rows_P, W_OI[rows_P],

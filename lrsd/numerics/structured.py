@@ -1,4 +1,4 @@
-"""Kept columns and rows: which to keep, and the exact low-rank part beside them.
+"""Kept columns and rows: which to keep, and the exact low-rank part on top of them.
 
 A kept input column j adds a free column to S, at O numbers; a kept output row i adds a free row
 to S, at I numbers. ("Column" in the prose of the source paper means an output channel, a row here.)
@@ -36,7 +36,7 @@ def row_gains(residual_OI: Tensor, gram_II: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ColumnSplit:
-    """The geometry of a kept column set J beside the free columns c.
+    """The geometry of a kept column set J and the free columns c.
 
     schur: G_cc - G_cJ G_JJ^-1 G_Jc, the metric in which L on c is fitted once S is free on J.
     regression_KC: G_JJ^-1 G_Jc, which hands L's remaining error to the kept columns. damping: the ridge on
@@ -64,11 +64,11 @@ def split_columns(gram_II: Tensor, columns_K: Tensor) -> ColumnSplit:
 
 
 def columns_spectrum(W_OI: Tensor, split: ColumnSplit) -> Spectrum:
-    """Spectrum of the low-rank part beside freely kept columns: one curve for every rank."""
+    """Spectrum of the low-rank part on top of freely kept columns: one curve for every rank."""
     return spectrum(W_OI[:, split.free_C], split.schur_CC)
 
 
-def fit_beside_columns(
+def fit_with_columns(
     W_OI: Tensor, split: ColumnSplit, rank: int, basis_OR: Tensor | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Exact optimum of min tr((W - L - S) G (W - L - S)^T), rank L <= r, S free on J and 0 elsewhere.
@@ -88,7 +88,7 @@ def fit_beside_columns(
 
 @dataclass(frozen=True)
 class Selection:
-    """Kept columns or rows, ascending int64; leading output directions of what is free beside them."""
+    """Kept columns or rows, ascending int64; leading output directions of what is free."""
 
     kept: Tensor
     basis_OR: Tensor
@@ -97,7 +97,7 @@ class Selection:
 def select_columns(
     W_OI: Tensor, gram_II: Tensor, rank: int, count: int, start: Tensor | None = None, alternate: bool = True
 ) -> Selection:
-    """Choose `count` input columns to keep beside a rank-`rank` part.
+    """Choose `count` input columns to keep on top of a rank-`rank` part.
 
     start: a set to begin from, where one is known; alternate: whether to improve on it.
     """
@@ -116,7 +116,7 @@ def select_columns(
 def select_rows(
     W_OI: Tensor, gram_II: Tensor, rank: int, count: int, start: Tensor | None = None, alternate: bool = True
 ) -> Selection:
-    """Choose `count` output rows to keep beside a rank-`rank` part.
+    """Choose `count` output rows to keep on top of a rank-`rank` part.
 
     start: a set to begin from, where one is known; alternate: whether to improve on it.
     """
@@ -142,7 +142,7 @@ def _alternate(
     gains: Callable[[Tensor, Tensor], Tensor],
     refit: Callable[[Tensor], tuple[float, Tensor, Tensor]],
 ) -> Selection:
-    """Alternate scoring on W - L with the exact L beside the chosen set; the set of least error wins.
+    """Alternate scoring on W - L with the exact L on top of the chosen set; the set of least error wins.
 
     Without a start there are two: L first (scores on the residual of the best low rank) and S first
     (scores on W itself).

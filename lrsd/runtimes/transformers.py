@@ -1,4 +1,4 @@
-"""`from_pretrained` for compressed checkpoints: the quantisation config and its loader.
+"""`from_pretrained` for compressed checkpoints: the quantization config and its loader.
 
 Imported by `lrsd/__init__.py`, so that `import lrsd` is all that transformers needs.
 """

@@ -113,7 +113,7 @@ def estimate_resources(
 
 
 def _solving(block: Block, replayed: int, value: int) -> Iterator[int]:
-    """Working sets of a block's replay and of its layers' solvers, beside the block's moments."""
+    """Working sets of a block's replay and of its layers' solvers, on top of the block's moments."""
     widths = [group.in_features for group in block.groups]
     outputs = [spec.shape.out_features for group in block.groups for spec in group.linears]
     yield replayed * (value * (sum(widths) + sum(outputs)) + 4 * max(widths, default=0))

@@ -1,4 +1,4 @@
-"""Files that are there whole or not at all: written aside, synced, renamed, and the directory synced."""
+"""Files written atomically: there whole or not at all, and on disk."""
 
 import json
 import os
@@ -22,28 +22,28 @@ def written(path: Path) -> Iterator[Path]:
 
     Raises: StorageError if the disk is full or refuses.
     """
-    aside = path.with_name(path.name + PARTIAL)
+    temporary = path.with_name(path.name + PARTIAL)
     with refusals(path):
         try:
-            yield aside
-            sync(aside)
-            aside.replace(path)
+            yield temporary
+            sync(temporary)
+            temporary.replace(path)
             sync(path.parent)
         except BaseException:
-            aside.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
             raise
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file. Raises: StorageError."""
-    with written(path) as aside:
-        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, aside, metadata=metadata)
+    with written(path) as temporary:
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
 
 
 def write_json(path: Path, content: Any) -> None:
     """Raises: StorageError."""
-    with written(path) as aside:
-        aside.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with written(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from lrsd.numerics.lowrank import complement, spectrum_errors
 from lrsd.numerics.structured import (
     column_energies,
     columns_spectrum,
-    fit_beside_columns,
+    fit_with_columns,
     largest_entries,
     row_gains,
     select_columns,
@@ -24,7 +24,7 @@ all_layers = pytest.mark.parametrize("kind", KINDS)
 def fitted(layer: RandomLayer, columns_K: Tensor, rank: int) -> Tensor:
     """L + S of the closed form, (O, I)."""
     split = split_columns(layer.gram, columns_K)
-    U_OR, V_RC, S_OK = fit_beside_columns(layer.W_OI, split, rank)
+    U_OR, V_RC, S_OK = fit_with_columns(layer.W_OI, split, rank)
     dense_OI = torch.zeros_like(layer.W_OI)
     dense_OI[:, split.free_C] = U_OR @ V_RC
     dense_OI[:, columns_K] = S_OK
