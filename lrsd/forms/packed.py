@@ -68,10 +68,6 @@ class PackedLinear(nn.Module):
             loaded.append(known)
         return loaded
 
-    def forget_decoded(self) -> None:
-        """Free the decoded integers; they are decoded again when needed."""
-        self._decoded = {}
-
     def release_encoded(self) -> None:
         """Free what was decoded from: the layer still computes, but can no longer be saved or moved."""
         loaded = self.decoded()
