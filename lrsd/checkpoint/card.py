@@ -83,7 +83,8 @@ def _kinds(manifest: Manifest) -> dict[str, int]:
     """Layers by the parts that they are stored as, without the numbers of these."""
     counts: dict[str, int] = {}
     for layer in manifest.layers.values():
-        kind = re.sub(r"(rank) \d+|\d[\d,]* (entries|columns|rows)", r"\1\2", layer.stored_as)
+        kind = re.sub(r"\d[\d,]* (entries|columns|rows)", r"\1", layer.stored_as)
+        kind = re.sub(r"rank \d+", "low rank", kind)
         counts[kind] = counts.get(kind, 0) + 1
     return counts
 
