@@ -52,8 +52,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Prepared:
-    """Everything known before the first layer is changed; what `--dry-run` shows. ratio: of the linear
-    weights."""
+    """Everything known before the first layer is changed; what `--dry-run` shows."""
 
     source: SourceModel
     replay: Replay
