@@ -1,0 +1,49 @@
+"""Processes that share batches: what each makes of its own adds up to what one makes of all."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from lrsd.model.layout import find_layout
+from lrsd.model.load import load_model
+from lrsd.model.replay import Replay
+from lrsd.model.samples import Samples
+from lrsd.steps.observe import block_moments
+from lrsd.work.streams import Stream
+from lrsd.work.world import World
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5])
+@pytest.mark.parametrize("count", [0, 1, 4, 7])
+def test_every_batch_is_one_process_s(size: int, count: int) -> None:
+    shares = [World(rank, size).share(count) for rank in range(size)]
+    assert sorted(batch for share in shares for batch in share) == list(range(count))
+    assert max(map(len, shares)) - min(map(len, shares)) <= 1
+
+
+@pytest.mark.parametrize(("rank", "size"), [(1, 1), (-1, 2), (0, 0)])
+def test_a_process_outside_its_world_is_an_error(rank: int, size: int) -> None:
+    with pytest.raises(ValueError, match="rank must be in"):
+        World(rank, size)
+
+
+@torch.inference_mode()
+def test_moments_of_all_processes_add_up_to_those_of_one(tiny_model_dir: Path) -> None:
+    loaded = load_model(str(tiny_model_dir))
+    tokens = torch.arange(5 * 24).view(5, 24) * 7 % 290 + 3
+    layout = find_layout(loaded.model, loaded.kind.example(loaded.model))
+    replay = Replay.start(loaded.model, layout, list(Samples({"input_ids": tokens}).split(1)))
+    outputs = Stream()
+    whole = block_moments(replay, 0, replay.inputs[0], outputs)
+    shared = Stream()
+    parts = [
+        block_moments(replace(replay, world=World(rank, 2)), 0, replay.inputs[0], shared) for rank in (0, 1)
+    ]
+    for name, moments in whole.items():
+        merged = parts[0][name] + parts[1][name]
+        assert merged.count == moments.count
+        torch.testing.assert_close(merged.gram, moments.gram, rtol=1e-12, atol=1e-12)
+    assert len(shared) == len(outputs) == 5
+    assert all(torch.equal(a, b) for a, b in zip(shared, outputs, strict=True))
