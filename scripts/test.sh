@@ -49,7 +49,15 @@ run_tests() { # WHICH, then arguments of pytest
     "$venv/bin/python" -m pytest "${@:2}" | tee "$output" || failed=1
     closing+=("$title: $(tail -n 1 "$output")")
 }
-if (($# == 0)); then PYTHONPATH=$oldest run_tests oldest -m "not slow or oldest"; fi
-run_tests newest "$@"
+# One process a core, each test on one thread; a file's tests stay together, since they share what they build.
+cores=(-n auto --dist loadfile)
+if (($# == 0)); then
+    # What does not touch transformers need not be tested on two of its releases.
+    own=(--ignore tests/numerics --ignore tests/forms --ignore tests/methods)
+    PYTHONPATH=$oldest run_tests oldest "${cores[@]}" -m "not slow or oldest" "${own[@]}"
+    run_tests newest "${cores[@]}"
+else
+    run_tests newest "$@"
+fi
 printf '%s\n' "${closing[@]}"
 exit "$failed"
