@@ -221,8 +221,8 @@ def test_family(base_of, text_file: Path, tmp_path: Path, name: str, mode: str, 
     whole = tmp_path / "whole"
     full = Recipe.of(**{**MODES[mode], "ratio": 1.0001}, batch=4, propagate=False)
     errors = [layer.error for layer in compress(str(base), whole, on(full, calibration)).layers.values()]
-    # At 16 bit the last bytes are missing ranks in a few layers, since every rank is on offer: the others are as
-    # they were.
+    # At 16 bit the last bytes are missing ranks in a few layers, since every rank is on offer: the others are
+    # as they were.
     assert sorted(errors)[-5 if mode == "16 bit" else -1] <= 1e-5
     assert max(errors) <= 1e-2
     text = calibration.calib if family.head is Speech else str(text_file)
