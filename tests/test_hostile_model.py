@@ -144,6 +144,7 @@ def run(model: Path, text: Path, output: Path, settings: Recipe) -> Manifest:
     return compress(str(model), output, on(settings, calibration))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("propagate", [True, False])
 def test_a_layer_that_cannot_be_solved_stays_dense_within_the_budget(
     unsolvable: str, propagate: bool, make_model: Any, tiny_llama: Any, text_file: Path, tmp_path: Path
@@ -170,6 +171,7 @@ def assert_left_dense(manifest: Manifest, unsolvable: str) -> None:
     assert all(layer.layer is None and layer.bytes == layer.dense_bytes for layer in unsolved.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("propagate", [True, False])
 @pytest.mark.parametrize("ratio", [1.02, 2.5])
 def test_at_one_rank_for_all_a_layer_that_offers_nothing_stays_dense(

@@ -152,6 +152,7 @@ def test_an_own_process_parses_a_header_once_and_puts_everything_back(
     assert surroundings() == before
 
 
+@pytest.mark.slow
 def test_logs_of_a_command_are_whole_lines(gguf_file: Path, text_file: Path) -> None:
     """No carriage returns of progress bars where stderr is a pipe."""
     command = ["compress", str(gguf_file), "--ratio", "4x", "--calib", str(text_file), "--dry-run"]

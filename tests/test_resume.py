@@ -150,6 +150,7 @@ def full_disk() -> None:
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_any_write_loses_nothing(
     run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
