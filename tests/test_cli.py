@@ -260,6 +260,7 @@ def test_export_evaluates_like_what_it_was_made_of(
 # --- settings ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_recipe_of_a_checkpoint_makes_it_again(
     run: Run, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -389,7 +389,9 @@ ENTRIES: dict[str, Callable[[dict[str, Any]], None]] = {
 }
 
 
-@pytest.mark.parametrize("case", ENTRIES)
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow if "10^5" in case else ()) for case in ENTRIES]
+)
 def test_formats_of_packed_layers_are_checked(compressed: Path, tmp_path: Path, case: str) -> None:
     checkpoint = copy(compressed, tmp_path / "checkpoint")
     rewrite(

@@ -71,7 +71,13 @@ def one_row(tensors: dict[str, torch.Tensor]) -> None:
 @pytest.mark.parametrize(
     "mode", ["codes, propagated", *(pytest.param(m, marks=pytest.mark.slow) for m in MODES if "," not in m)]
 )
-@pytest.mark.parametrize("change", [dead_channels, outlier_channels, nothing_in_a_layer, one_row])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dead_channels,
+        *(pytest.param(c, marks=pytest.mark.slow) for c in (outlier_channels, nothing_in_a_layer, one_row)),
+    ],
+)
 def test_the_budget_holds_and_the_result_is_finite(
     mode: str, change: Change, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 import weakref
+from functools import partial
 from pathlib import Path
 from shutil import copytree
 from types import SimpleNamespace
@@ -67,7 +68,9 @@ def test_weights_mapped_from_files_are_released_and_read_again(tmp_path: Path) -
     assert torch.equal(mapped["changed"], tensors["changed"] + 1)
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "method", [pytest.param(name, marks=() if name == "lrsd" else pytest.mark.slow) for name in METHODS]
+)
 def test_what_a_layer_is_solved_with_goes_with_it(method: str, generator: torch.Generator) -> None:
     """Without a garbage collection: matrices are few objects of many bytes, which never set one off."""
     layer = random_layer(generator, 48, 40)
@@ -149,12 +152,15 @@ def test_the_time_estimated_grows_with_the_text_and_with_propagation(
         assert short.remaining(2 * short.observe, propagate=propagate) == pytest.approx(2 * rest)
 
 
+slow = partial(pytest.param, marks=pytest.mark.slow)
+
+
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, False), ({"propagate": True}, True), ({"bits": "16"}, True),
-        ({"bits": "16", "propagate": False}, False), ({"method": "gptq"}, False),
-        ({"method": "gptq", "propagate": True}, True), ({"method": "svd-llm"}, False),
+        ({}, False), ({"bits": "16"}, True), slow({"propagate": True}, True),
+        slow({"bits": "16", "propagate": False}, False), slow({"method": "gptq"}, False),
+        slow({"method": "gptq", "propagate": True}, True), slow({"method": "svd-llm"}, False),
     ],
 )  # fmt: skip
 def test_the_time_that_is_told_counts_propagation_where_it_is_to_be_expected(

@@ -210,7 +210,10 @@ def finished(partial: Path) -> list[str]:
     return [json.loads(line)["step"] for line in lines]
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "code"),
+    [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.slow)],
+)
 def test_the_command_says_how_to_go_on(
     number: signal.Signals, code: int, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
@@ -420,7 +423,7 @@ def test_a_run_that_began_meanwhile_is_not_written_into(partial: Path) -> None:
 
 
 @pytest.mark.usefixtures("stopped")
-@pytest.mark.parametrize("resume", [True, False])
+@pytest.mark.parametrize("resume", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_journal_killed_while_it_was_removed_is_none(
     run: Run, partial: Path, resume: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:

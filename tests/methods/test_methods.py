@@ -37,7 +37,9 @@ every_method = pytest.mark.parametrize(
 )
 every_kind = pytest.mark.parametrize("kind", [*KINDS, *DEGENERATE])
 SHAPES = [(40, 24), (24, 40)]
-every_shape = pytest.mark.parametrize("shape", SHAPES, ids=str)
+every_shape = pytest.mark.parametrize(
+    "shape", [SHAPES[0], pytest.param(SHAPES[1], marks=pytest.mark.slow)], ids=str
+)
 # Solved of each menu at most.
 _SAMPLED = 4
 

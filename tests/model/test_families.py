@@ -179,8 +179,8 @@ def calibration_for(family: Family, text_file: Path, tmp_path: Path) -> Calibrat
     return Calibration(calib=str(text_file), samples=9, seqlen=32)
 
 
-# One of each kind in the fast loop: grouped queries, transposed weights, experts, an encoder, two stacks.
-QUICK = {("llama", "16 bit"), ("gpt2", "codes"), ("mixtral", "codes"), ("bert", "codes"), ("bart", "16 bit")}
+# In the fast loop: grouped queries, transposed weights, experts.
+QUICK = {("llama", "16 bit"), ("gpt2", "codes"), ("mixtral", "codes")}
 CASES = [
     pytest.param(name, mode, marks=() if (name, mode) in QUICK else (pytest.mark.slow, pytest.mark.oldest))
     for name in FAMILIES

@@ -202,6 +202,8 @@ def test_a_whole_block_may_stay_dense(tiny_model_dir: Path, calibration: Calibra
     assert manifest.linear_bytes <= manifest.budget_bytes
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 @pytest.mark.parametrize("family", ["t5", "bert"])
 def test_shared_embeddings_that_int8_cannot_serve_stay_as_they_are(
     make_model, text_file: Path, calibration: Calibration, tmp_path: Path, family: str

@@ -287,7 +287,16 @@ def test_reloaded_model_agrees_in_bfloat16_up_to_rounding(
     assert_close_in_bfloat16(logits(model, tokens), expected)
 
 
-@pytest.mark.parametrize("name", ["lrsd", "no propagation", "columns", "rows", "unstructured", "ssd", "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "lrsd",
+        *(
+            pytest.param(name, marks=(pytest.mark.slow, pytest.mark.oldest))
+            for name in ("no propagation", "columns", "rows", "unstructured", "ssd", "gpt2")
+        ),
+    ],
+)
 def test_a_ratio_near_one_leaves_the_logits_nearly_alone(
     bases: dict[str, Path], text_file: Path, tokens: Tensor, tmp_path: Path, name: str
 ) -> None:
@@ -408,7 +417,9 @@ def test_untouched_tensors_are_those_of_the_base_model(compressed: Compressed) -
             assert torch.equal(base[name], found[name]), name
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize(
+    "family", ["llama", pytest.param("gpt2", marks=(pytest.mark.slow, pytest.mark.oldest))]
+)
 def test_mean_correction_leaves_no_error_in_the_mean(
     bases: dict[str, Path], tokenizer, text_file: Path, tmp_path: Path, family: str
 ) -> None:

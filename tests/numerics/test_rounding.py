@@ -64,7 +64,9 @@ def test_error_feedback_beats_rounding_each_weight_alone(generator: torch.Genera
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("deviations", [0.7, 3, 20])
+@pytest.mark.parametrize(
+    "deviations", [3, pytest.param(0.7, marks=pytest.mark.slow), pytest.param(20, marks=pytest.mark.slow)]
+)
 def test_water_filled_steps_beat_one_step_for_all_columns_at_equal_entropy(
     generator: torch.Generator, kind: str, deviations: float
 ) -> None:

@@ -140,7 +140,10 @@ def row_error(layer: RandomLayer, rows_P: Tensor, rank: int) -> float:
 @pytest.mark.parametrize(
     ("select", "error"), [(select_columns, column_error), (select_rows, row_error)], ids=["columns", "rows"]
 )
-@pytest.mark.parametrize(("rank", "kept"), [(8, 8), (4, 4), (2, 20)])
+@pytest.mark.parametrize(
+    ("rank", "kept"),
+    [(2, 20), pytest.param(8, 8, marks=pytest.mark.slow), pytest.param(4, 4, marks=pytest.mark.slow)],
+)
 def test_chosen_channels_beat_fifty_random_sets(
     generator: torch.Generator, select, error, rank: int, kept: int
 ) -> None:
@@ -155,7 +158,10 @@ def test_chosen_channels_beat_fifty_random_sets(
     assert won >= 0.95 * layers
 
 
-@pytest.mark.parametrize(("rank", "kept"), [(8, 8), (24, 8), (16, 16)])
+@pytest.mark.parametrize(
+    ("rank", "kept"),
+    [(8, 8), pytest.param(24, 8, marks=pytest.mark.slow), pytest.param(16, 16, marks=pytest.mark.slow)],
+)
 def test_chosen_columns_beat_fifty_random_sets_on_correlated_inputs(
     generator: torch.Generator, rank: int, kept: int
 ) -> None:

@@ -259,6 +259,7 @@ def plugin(monkeypatch: pytest.MonkeyPatch) -> Iterator[ModuleType]:
 
 # ------------------------------------------------------------------------------------------- checkpoints
 
+QUICK = "entropy and rank"  # in the fast loop
 MODES: dict[str, dict[str, Any]] = {
     "columns": {"bits": "16", "ratio": 1.6, "structure": "column"},
     "rows": {"bits": "16", "ratio": 1.6, "structure": "row"},
@@ -291,7 +292,11 @@ def leave_dense(directory: Path, base: Path, names: Iterable[str]) -> None:
     (directory / "config.json").write_text(json.dumps(config))
 
 
-@pytest.fixture(scope="module", params=MODES, ids=lambda name: name.replace(" ", "-"))
+@pytest.fixture(
+    scope="module",
+    params=[pytest.param(name, marks=() if name == QUICK else pytest.mark.slow) for name in MODES],
+    ids=lambda name: name.replace(" ", "-"),
+)
 def checkpoint(
     request: pytest.FixtureRequest,
     tiny_model_dir: Path,
