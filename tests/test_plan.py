@@ -18,6 +18,7 @@ from lrsd.steps.observe import HELD_OUT
 
 
 @torch.inference_mode()
+@pytest.mark.slow
 def test_what_is_compared_is_what_would_be_lost(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

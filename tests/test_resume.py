@@ -291,7 +291,10 @@ def other_model(model: Path, place: Path) -> Path:
 @pytest.mark.usefixtures("stopped")
 @pytest.mark.parametrize(
     ("name", "key", "value"),
-    [("config.json", "rms_norm_eps", 0.5), ("tokenizer.json", "normalizer", {"type": "Lowercase"})],
+    [
+        ("config.json", "rms_norm_eps", 0.5),
+        pytest.param("tokenizer.json", "normalizer", {"type": "Lowercase"}, marks=pytest.mark.slow),
+    ],
 )
 def test_the_same_weights_with_another_configuration_or_tokenizer_are_another_model(
     run: Run, tiny_model_dir: Path, tmp_path: Path, name: str, key: str, value: Any
@@ -325,6 +328,7 @@ def test_another_recipe_is_refused_by_name(run: Run, partial: Path, changes: Any
     assert finished(partial) == before
 
 
+@pytest.mark.slow
 def test_another_run_is_refused_where_only_the_move_is_left(
     run: Run, partial: Path, tiny_model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -343,6 +347,7 @@ def test_another_run_is_refused_where_only_the_move_is_left(
     assert run() == expected
 
 
+@pytest.mark.slow
 def test_a_finished_command_may_be_repeated_with_resume(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:

@@ -35,7 +35,11 @@ every_method = pytest.mark.parametrize(
     range(len(VARIANTS)),
     ids=[" ".join([name, *(f"{key}={value}" for key, value in o.items())]) for name, o in VARIANTS],
 )
-every_kind = pytest.mark.parametrize("kind", [*KINDS, *DEGENERATE])
+# In the fast loop: a plain layer, and one without any signal.
+QUICK = ("plain", "silent")
+every_kind = pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=() if k in QUICK else pytest.mark.slow) for k in (*KINDS, *DEGENERATE)]
+)
 SHAPES = [(40, 24), (24, 40)]
 every_shape = pytest.mark.parametrize(
     "shape", [SHAPES[0], pytest.param(SHAPES[1], marks=pytest.mark.slow)], ids=str

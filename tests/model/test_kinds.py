@@ -116,6 +116,8 @@ def test_a_model_of_two_stacks_is_evaluated_on_what_follows(make_model, text_fil
     assert [*inputs["input_ids"][0].tolist(), *item.labels.tolist()] == plain[:32]
 
 
+@pytest.mark.slow
+@pytest.mark.oldest
 def test_pairs_calibrate_and_score_a_model_of_two_stacks(make_model, tmp_path: Path) -> None:
     config = T5Config(
         vocab_size=300, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, decoder_start_token_id=5
