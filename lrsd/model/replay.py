@@ -14,6 +14,7 @@ from transformers.cache_utils import Cache
 from transformers.modeling_outputs import BaseModelOutput
 
 from lrsd.errors import InputError
+from lrsd.model.arithmetic import fast_products
 from lrsd.model.layout import Block, Layout
 from lrsd.model.load import check_finite
 from lrsd.model.samples import Samples, logits_of, run_model
@@ -95,7 +96,8 @@ class Replay:
     def run(self, index: int, batch: int, hidden: Tensor) -> Tensor:
         """Output of one block for the hidden states of one batch."""
         call = self.calls[batch][index]
-        output = self.block(index)(hidden, *call.args, **call.kwargs)
+        with fast_products(hidden.dtype, hidden.device):
+            output = self.block(index)(hidden, *call.args, **call.kwargs)
         return output[0] if isinstance(output, tuple) else output
 
     def pass_(

@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from lrsd.errors import InputError
+from lrsd.model.arithmetic import fast_products
 from lrsd.numerics.divergence import mean_divergence
 
 _TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
@@ -56,7 +57,8 @@ def run_model(model: PreTrainedModel, samples: Samples, **more: Any) -> Any:
             inputs[name] = value.to(model.dtype)
     if "use_cache" in takes:
         more["use_cache"] = False
-    return model(**inputs, **more)
+    with fast_products(model.dtype, model.device):
+        return model(**inputs, **more)
 
 
 def try_running(model: PreTrainedModel, example: Samples) -> None:

@@ -70,9 +70,7 @@ def compressed(base: Path, output: Path, text_file: Path, **changes: object) -> 
     return compress(str(base), output, on(settings, calibration))
 
 
-@pytest.mark.parametrize(
-    "bits", ["auto", pytest.param("16", marks=(pytest.mark.slow, pytest.mark.oldest))]
-)
+@pytest.mark.parametrize("bits", ["auto", pytest.param("16", marks=(pytest.mark.slow, pytest.mark.oldest))])
 def test_a_starved_expert_is_fitted_on_the_tokens_of_the_others_and_reported(
     starving: Path, text_file: Path, tmp_path: Path, bits: str
 ) -> None:
