@@ -12,6 +12,7 @@ import click
 
 from lrsd.methods import METHODS
 from lrsd.recipe import GROUPS
+from lrsd.settings import is_repeatable
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -68,15 +69,20 @@ def read_recipe(context: click.Context, parameter: click.Parameter, path: Path |
         raise click.BadParameter(
             f"{path}: unknown setting {unknown[0]!r}; available: {', '.join(sorted(known))}"
         )
-    defaults = {}
+    defaults: dict[str, Any] = {}
+    settings = (field for kind in GROUPS.values() for field in fields(kind))
+    repeatable = {field.name for field in settings if is_repeatable(field)}
     for name, value in recipe.items():
-        if name in ("include", "exclude"):
-            if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-                raise click.BadParameter(f"{path}: {name} must be a list of patterns, got {value!r:.80}")
-        elif not isinstance(value, str | int | float | None):
+        if name in repeatable and value is not None:
+            values = [value] if isinstance(value, str) else value  # what is given once need be no list
+            if not isinstance(values, list) or not all(isinstance(item, str) for item in values):
+                raise click.BadParameter(f"{path}: {name} must be a list of texts, got {value!r:.80}")
+            defaults[name] = values
+            continue
+        if not isinstance(value, str | int | float | None):
             raise click.BadParameter(f"{path}: {name} must be a text or a number, got {value!r:.80}")
         if value is not None:
-            defaults[name] = value if isinstance(value, bool | list) else str(value)
+            defaults[name] = value if isinstance(value, bool) else str(value)
     context.default_map = {**(context.default_map or {}), **defaults}
     return path
 
@@ -118,7 +124,7 @@ def _option(
         more["type"] = click.Choice(list(choices))
     elif field.type in (bool, bool | None):
         return click.option(f"{_flag(field)}/--no-{_flag(field)[2:]}", **{**more, "metavar": None})
-    elif get_origin(field.type) is tuple:
+    elif is_repeatable(field):
         more |= {"multiple": True, "default": ()}
     elif field.type is int:
         more["type"] = int

@@ -7,7 +7,7 @@ A method's own settings are in its file, see `lrsd.methods`.
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields
 from fnmatch import fnmatchcase
 from typing import Any, Literal, get_args, get_origin
 
@@ -34,6 +34,11 @@ def option(
     shown: the default, in words."""
     about = {"help": help, "metavar": metavar, "parse": parse, "least": least, "shown": shown}
     return field(default=default, metadata=about)
+
+
+def is_repeatable(found: Field[Any]) -> bool:
+    """Whether an option may be given several times: its values are a tuple, or one of them alone."""
+    return tuple in (get_origin(kind) for kind in (found.type, *get_args(found.type)))
 
 
 def check_options(settings: Any) -> None:
@@ -120,12 +125,15 @@ class Selection:
 
 @dataclass(frozen=True, kw_only=True)
 class Calibration:
-    """The text whose activations the fit is made on, and in which model."""
+    """The text whose activations the fit is made on, and in which model.
 
-    calib: str = option(
+    calib: a source, or several (a text where it is one, a tuple of them else, whichever was given).
+    """
+
+    calib: str | tuple[str, ...] = option(
         "self",
         "Calibration text: self (sampled from the model), wikitext, c4, a text or JSONL file, or a hub "
-        "data set.",
+        "data set; repeatable, for a mixture of equal shares.",
         metavar="SOURCE",
     )
     samples: int = option(128, "Calibration samples.", least=2)
@@ -139,13 +147,35 @@ class Calibration:
     )
 
     def __post_init__(self) -> None:
+        sources = tuple(self.calib) if isinstance(self.calib, tuple | list) else (self.calib,)
+        _check_sources(sources)
+        object.__setattr__(self, "calib", sources[0] if len(sources) == 1 else sources)
         check_options(self)
+        if self.samples < len(sources):
+            raise SettingsError(
+                f"samples must be at least {len(sources)}, one of each calib source, got {self.samples}"
+            )
         if self.samples * self.seqlen > _MOST_TOKENS:
             raise SettingsError(
                 f"{self.samples:,} samples of {self.seqlen:,} tokens are more than {_MOST_TOKENS:,} in all"
             )
         if self.seed >= 2**63:
             raise SettingsError(f"seed must be below 2^63, got {self.seed}")
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Samples of each source: equally many, what is left over going to the first ones."""
+        sources = (self.calib,) if isinstance(self.calib, str) else self.calib
+        share, rest = divmod(self.samples, len(sources))
+        return {source: share + (number < rest) for number, source in enumerate(sources)}
+
+
+def _check_sources(sources: tuple[Any, ...]) -> None:
+    if not sources or not all(isinstance(source, str) for source in sources):
+        raise SettingsError(f"calib must be a source of text, or several, got {list(sources)!r:.80}")
+    for number, source in enumerate(sources):
+        if source in sources[:number]:
+            raise SettingsError(f"calib has {source!r:.80} twice; give each source once, shares are equal")
 
 
 @dataclass(frozen=True, kw_only=True)

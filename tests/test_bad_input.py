@@ -304,6 +304,10 @@ def recipe(name: str, content: bytes) -> Case:
     return lambda place: compress(place.model, place.text, "--recipe", _write(place, name, content))
 
 
+def a_text_under_two_names(place: Place) -> Arguments:
+    return compress(place.model, place.text, "--calib", _write(place, "copy.txt", place.text.read_bytes()))
+
+
 def no_output(place: Place) -> Arguments:
     return ("compress", place.model, "--ratio", "1.25x")
 
@@ -486,6 +490,12 @@ CASES: list[tuple[str, Case, str, int]] = [
     ("one sample", option("--samples", 1), "samples must be at least 2", 2),
     ("no tokens", option("--seqlen", 1), "seqlen must be at least 8", 2),
     ("negative seed", option("--seed", -1), "seed must be at least 0", 2),
+    ("a text twice", lambda place: compress(place.model, place.text, "--calib", place.text),
+     "twice; give each source once", 2),
+    ("a text under two names", a_text_under_two_names, "hold the same; give each text once", 1),
+    ("more texts than samples", option("--calib", "self", "--calib", "c4", "--samples", 2),
+     "samples must be at least 3, one of each calib source", 2),
+    ("no text in a recipe", recipe("r.json", b'{"calib": 3}'), "calib must be a list of texts", 2),
     ("samples in words", option("--samples", "many"), "not a valid integer", 2),
     ("rank in words", option("--rank", "high"), "auto, energy or a whole number", 2),
     ("rank in another script", option("--rank", "²"), "auto, energy or a whole number", 2),

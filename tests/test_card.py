@@ -18,6 +18,12 @@ def manifest() -> Manifest:
     return Manifest(**known | {"recipe": {"samples": 8, "seqlen": 32, "calib": "self"}})
 
 
+def test_every_calibration_text_is_named(manifest: Manifest) -> None:
+    for calib, named in (("c4", "(c4)"), (["a.txt", "self"], "(a.txt, self)")):
+        recipe = manifest.recipe | {"calib": calib}
+        assert f"tokens of calibration text {named}." in model_card(replace(manifest, recipe=recipe))
+
+
 @pytest.mark.parametrize("name", ["SmolLM2-135M", 'odd: "name" # x', "123", "true", "modèle", "- a", "--- "])
 def test_the_header_is_read_as_it_was_meant(manifest: Manifest, tmp_path: Path, name: str) -> None:
     (tmp_path / "README.md").write_text(model_card(replace(manifest, base_model=name)), encoding="utf-8")

@@ -49,7 +49,8 @@ def _left_alone(manifest: Manifest) -> list[str]:
 def model_card(manifest: Manifest) -> str:
     """README.md of the checkpoint directory: a header that the hub reads, and how to use the model."""
     lines = "\n".join(f"    {line}" for line in result_lines(manifest))
-    recipe = manifest.recipe
+    recipe, calib = manifest.recipe, manifest.recipe["calib"]
+    sources = calib if isinstance(calib, str) else ", ".join(calib)
     about = ModelCardData(
         base_model=manifest.base_model,
         library_name="transformers",
@@ -61,7 +62,7 @@ def model_card(manifest: Manifest) -> str:
 # {manifest.base_model}, compressed {manifest.ratio:.3g}x by lrsd {manifest.lrsd_version}
 
 Each linear weight is stored as low rank + kept columns or rows + integer codes, fitted to its outputs on
-{recipe["samples"]} x {recipe["seqlen"]} tokens of calibration text ({recipe["calib"]}).
+up to {recipe["samples"]} x {recipe["seqlen"]} tokens of calibration text ({sources}).
 The source held its weights as {manifest.base_stored_as}.
 
 {lines}

@@ -12,7 +12,6 @@ from lrsd.errors import StorageError
 from lrsd.model.cache import cached_pass
 from lrsd.model.types import Model, Tokenizer
 from lrsd.progress import Progress
-from lrsd.settings import Calibration
 from lrsd.work.files import refusals, write_tensors
 
 # Samples generated side by side, and greedy tokens at the start of each.
@@ -26,28 +25,34 @@ def self_calibration(
     model: Model,
     tokenizer: Tokenizer,
     fingerprint: str,
-    calibration: Calibration,
+    bos: int | None,
     progress: Progress,
+    *,
+    samples: int,
+    seqlen: int,
+    seed: int,
 ) -> Tensor:
     """Text sampled from the model itself, (samples, seqlen) int64; needs no data.
 
-    Each sample starts from its own random token, goes on greedily for a few tokens to find a
-    subject, then is drawn from the model's distribution at temperature 1. Kept in the user's cache
-    directory by model fingerprint, seed and size. Source: LLM-QAT (ACL Findings 2024), section 2.1.
+    Each sample starts from its own random token, after `bos` where there is one, goes on greedily for a few
+    tokens to find a subject, then is drawn from the model's distribution at temperature 1. Kept in the user's
+    cache directory by model fingerprint, seed and size. Source: LLM-QAT (ACL Findings 2024), section 2.1.
     """
-    name = f"self-{fingerprint}-{calibration.seed}-{calibration.samples}x{calibration.seqlen}.safetensors"
-    path = _cache_directory() / name
-    if (kept := _kept_tokens(path, calibration, len(tokenizer))) is not None:
+    size = f"{samples}x{seqlen}" + ("" if bos is None else f"-bos{bos}")
+    path = _cache_directory() / f"self-{fingerprint}-{seed}-{size}.safetensors"
+    if (kept := _kept_tokens(path, (samples, seqlen), len(tokenizer))) is not None:
         progress.note(f"calibration text from {path}")
         return kept
-    generator = torch.Generator().manual_seed(calibration.seed)
-    progress.stage("sample calibration text", calibration.samples)
+    generator = torch.Generator().manual_seed(seed)
+    progress.stage("sample calibration text", samples)
     special = set(tokenizer.all_special_ids)
     usable = torch.tensor([token for token in range(len(tokenizer)) if token not in special])
-    first = usable[torch.randint(usable.numel(), (calibration.samples, 1), generator=generator)]
+    first = usable[torch.randint(usable.numel(), (samples, 1), generator=generator)]
+    if bos is not None:
+        first = torch.cat([torch.full_like(first, bos), first], 1)
     parts = []
     for start in first.split(_SAMPLE_BATCH):
-        parts.append(_sample(model, start, calibration.seqlen, sorted(special), generator))
+        parts.append(_sample(model, start, seqlen, sorted(special), generator))
         for _ in start:
             progress.step("")
     tokens = torch.cat(parts)
@@ -60,13 +65,12 @@ def self_calibration(
     return tokens
 
 
-def _kept_tokens(path: Path, calibration: Calibration, vocabulary: int) -> Tensor | None:
+def _kept_tokens(path: Path, size: tuple[int, int], vocabulary: int) -> Tensor | None:
     """Text that an earlier run sampled; None if there is none, or it is damaged."""
     try:
         tokens = load_file(path)["tokens"]
     except (OSError, SafetensorError, KeyError):
         return None
-    size = (calibration.samples, calibration.seqlen)
     sound = tokens.dtype == torch.int64 and tokens.shape == size
     return tokens if sound and int(tokens.min()) >= 0 and int(tokens.max()) < vocabulary else None
 
@@ -74,14 +78,14 @@ def _kept_tokens(path: Path, calibration: Calibration, vocabulary: int) -> Tenso
 def _sample(
     model: Model, start: Tensor, length: int, banned: list[int], generator: torch.Generator
 ) -> Tensor:
-    """Continue each row of `start` (batch, 1) to `length` tokens, never with a special token."""
+    """Continue each row of `start` (batch, tokens) to `length` tokens, never with a special token."""
     tokens = [start]
     cache = None
-    for position in range(1, length):
+    for position in range(length - start.shape[1]):
         logits, cache = cached_pass(model, tokens[-1], cache)
         logits = logits[:, -1].float().cpu()
         logits[:, banned] = -torch.inf
-        if position <= _GREEDY_TOKENS:
+        if position < _GREEDY_TOKENS:
             chosen = logits.argmax(-1, keepdim=True)
         else:
             chosen = torch.multinomial(logits.softmax(-1), 1, generator=generator)

@@ -97,6 +97,24 @@ def text_identity(source: str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def mixture_identity(sources: list[str]) -> str:
+    """What tells a calibration text, or a mixture of several in their order, from another.
+
+    Raises: InputError for a file that would be refused anyway, or one that is given under two names.
+    """
+    known: dict[str, str] = {}
+    for source in sources:
+        require_text(source, "--calib", features=source.endswith(".safetensors"))
+        identity = text_identity(source)
+        if identity in known:
+            raise InputError(
+                f"--calib: {known[identity]} and {source} hold the same; "
+                "give each text once, shares are equal"
+            )
+        known[identity] = source
+    return " + ".join(known)
+
+
 def read_pairs(source: str) -> list[tuple[str, str]]:
     """The pairs of a JSONL file of objects with "source" and "target"; none if it is another kind of file.
 

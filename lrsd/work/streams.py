@@ -42,6 +42,20 @@ class Stream:
         self._batches.clear()
 
 
+class Leading(Stream):
+    """The first `count` batches of another stream, to be read."""
+
+    def __init__(self, stream: Stream, count: int) -> None:
+        super().__init__()
+        self._stream, self._count = stream, count
+
+    def __getitem__(self, batch: int) -> Tensor:
+        return self._stream[batch]
+
+    def __len__(self) -> int:
+        return self._count
+
+
 class StreamOnDisk(Stream):
     """Hidden states of which no more is in memory than is in use; one safetensors file per batch."""
 

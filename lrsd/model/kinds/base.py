@@ -39,7 +39,8 @@ class Kind(ABC):
     such. perplexity_protocol: how perplexity is taken; None if it predicts no tokens.
     writes_calibration_text: whether text to calibrate on can be sampled from it. timed_by_token: whether its
     speed is that of reading a prompt and of generating token by token. limited_by_context: whether seqlen
-    must not exceed its positions.
+    must not exceed its positions. begins_with_bos: whether its calibration samples begin with BOS where its
+    tokenizer begins texts so.
     """
 
     name: str
@@ -49,6 +50,7 @@ class Kind(ABC):
     writes_calibration_text: bool = False
     timed_by_token: bool = False
     limited_by_context: bool = True
+    begins_with_bos: bool = False
 
     @abstractmethod
     def recognizes(self, model: Model) -> bool:

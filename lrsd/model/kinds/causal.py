@@ -16,6 +16,7 @@ class Causal(Kind):
     )
     writes_calibration_text = True
     timed_by_token = True
+    begins_with_bos = True
 
     def recognizes(self, model: Model) -> bool:
         known = class_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
