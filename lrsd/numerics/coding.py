@@ -1,27 +1,23 @@
-"""Integer codes as bytes: fixed width, or entropy coded. Lossless both ways.
+"""Integer codes as bytes: of fixed width, or the entropy-coded ones of earlier releases, which are only read.
 
-Entropy coding is DEFLATE with Huffman codes only (RFC 1951, zlib's Z_HUFFMAN_ONLY): every Python has
-it and it decodes hundreds of megabytes per second. A Huffman code spends at least one bit per symbol,
-so short codes go several to a symbol; long ones are escaped into a stream of their own.
+Those are DEFLATE with Huffman codes only (RFC 1951, zlib's Z_HUFFMAN_ONLY). A Huffman code spends at least
+one bit per symbol, so short codes go several to a symbol; long ones are escaped into a stream of their own.
+
+A stream: codes per symbol, raw low bits per code (a byte each), length of the DEFLATE part (4 bytes, little
+endian); the low bits of the zigzagged codes; the DEFLATE part, the rest of them; the exponents of escapes, 5
+bits each, then their bits below the highest. An escape is 1 + what a code exceeds the largest symbol by.
 """
 
-import math
 import struct
 import zlib
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 # Codes per symbol, and how many zigzagged values one of them can take; the last value is the escape.
 # The products stay within a byte.
 _LEVELS = {1: 256, 2: 15, 3: 6, 4: 4}
-# Median zigzagged code above which several to a symbol cannot win, so that it is not tried.
-_GROUPING_LIMIT = 5
-# Median zigzagged code down to which low bits are split off and kept raw: they are as good as random
-# there, and what is left fits the symbols.
-_SPLIT_ABOVE = 16
 # In front of a stream: codes per symbol, raw low bits per code (a byte each), length of the DEFLATE
 # part (4 bytes, little endian).
 _HEADER = struct.Struct("<BBI")
@@ -32,27 +28,8 @@ _EXPONENT_BITS = 5
 _PIECE = 24 * 2**14
 
 
-def entropy_encode(codes: Tensor) -> Tensor:
-    """Integers of any shape, in the order of their memory, to bytes; uint8 (n,).
-
-    Layout: header, raw low bits, DEFLATE part, then the escapes: the excess of each over the escape
-    value, as 5 bits of exponent each and the bits below.
-    Raises: ValueError for codes of 2^30 and more.
-    """
-    flat = codes.flatten()
-    if flat.numel() and max(int(flat.max()), -int(flat.min())) >= 1 << 30:
-        raise ValueError(f"codes must be below 2^30, got {max(int(flat.max()), -int(flat.min()))}")
-    flat = flat.int()
-    zigzag = (flat << 1) ^ (flat >> 31)
-    typical = int(zigzag.median()) if zigzag.numel() else 0  # a few giants must not move it
-    split = max(0, math.floor(math.log2(typical / _SPLIT_ABOVE))) if typical else 0
-    groupings = _LEVELS if typical < _GROUPING_LIMIT else (1,)
-    streams = [_encode(zigzag, split, together) for together in groupings]
-    return _from_bytes(min(streams, key=len)).to(codes.device)
-
-
 def entropy_decode(stream: Tensor, count: int) -> Tensor:
-    """The `count` integers that `entropy_encode` was given; int32.
+    """The `count` integers of a stream; int32 (count,).
 
     Raises: ValueError if the bytes are not such a stream of exactly `count` codes. No more symbols
         than that are ever inflated.
@@ -81,23 +58,6 @@ def entropy_decode(stream: Tensor, count: int) -> Tensor:
     return ((zigzag >> 1) ^ -(zigzag & 1)).to(stream.device)
 
 
-def _encode(zigzag: Tensor, split: int, together: int) -> bytes:
-    levels = _LEVELS[together]
-    places = levels ** torch.arange(together, device=zigzag.device)
-    compressor = zlib.compressobj(9, zlib.DEFLATED, -15, 9, zlib.Z_HUFFMAN_ONLY)
-    huffman, excess = [], []
-    for piece in zigzag.split(_PIECE):
-        piece = piece >> split
-        limited = pad(piece.clamp(max=levels - 1), (0, -piece.numel() % together))
-        symbols = (limited.view(-1, together) * places).sum(1).to(torch.uint8)
-        huffman.append(compressor.compress(symbols.cpu().numpy().tobytes()))
-        excess.append(piece[piece >= levels - 1] - (levels - 1))
-    huffman.append(compressor.flush())
-    header = _HEADER.pack(together, split, sum(map(len, huffman)))
-    low = pack_codes(zigzag & ((1 << split) - 1), split).cpu().numpy().tobytes()
-    return b"".join([header, low, *huffman, _encode_integers(torch.cat([*excess, zigzag[:0]]))])
-
-
 def _inflate(huffman: bytes, count: int) -> Tensor:
     inflater = zlib.decompressobj(-15)
     try:
@@ -107,17 +67,6 @@ def _inflate(huffman: bytes, count: int) -> Tensor:
     if len(symbols) != count or not inflater.eof or inflater.unused_data:
         raise ValueError(f"entropy-coded stream must hold {count} symbols, got {len(symbols)}")
     return _from_bytes(symbols)
-
-
-def _encode_integers(values: Tensor) -> bytes:
-    """Non-negative integers below 2^31: v + 1 by exponent (5 bits each) and the bits below its top one."""
-    parts = [part.long() + 1 for part in values.split(_PIECE)]
-    # Exact: float64 holds 2^53.
-    exponents = [torch.frexp(part.double()).exponent.long() - 1 for part in parts]
-    bits = [_variable_bits(part, width) for part, width in zip(parts, exponents, strict=True)]
-    none = torch.zeros(0, dtype=torch.uint8, device=values.device)
-    packed = pack_codes(torch.cat([*exponents, none.long()]), _EXPONENT_BITS)
-    return torch.cat([packed, pack_bits(torch.cat([*bits, none]))]).cpu().numpy().tobytes()
 
 
 def _decode_integers(data: bytes, count: int) -> Tensor:
@@ -171,12 +120,6 @@ def _bit_places(widths: Tensor) -> tuple[Tensor, Tensor]:
     owner = torch.arange(widths.numel(), device=widths.device).repeat_interleave(widths)
     first = widths.cumsum(0) - widths
     return owner, torch.arange(owner.numel(), device=widths.device) - first[owner]
-
-
-def _variable_bits(values: Tensor, widths: Tensor) -> Tensor:
-    """The lowest `widths` bits of each number, one after the other; uint8."""
-    owner, place = _bit_places(widths)
-    return ((values[owner] >> place) & 1).to(torch.uint8)
 
 
 def _unpack_variable(packed: Tensor, widths: Tensor) -> Tensor:

@@ -7,13 +7,13 @@ from contextlib import suppress
 
 import pytest
 import torch
+from deflate import entropy_encode
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from lrsd.numerics.coding import (
     entropy_decode,
-    entropy_encode,
     pack_bits,
     pack_codes,
     unpack_bits,
