@@ -46,7 +46,7 @@ def compress(
     """
     progress, clock = progress or Progress(), Clock()
     require_place(output)
-    with work_towards(output, resume) as journal, torch.inference_mode(), ExitStack() as undone:
+    with work_towards(output, resume) as journal, torch.no_grad(), ExitStack() as undone:
         journal.claim(recipe=recipe.to_dict(), environment=environment(recipe))
         finished = resume and not journal.begun and (output / MANIFEST_NAME).is_file()
         if not finished and WRITTEN not in journal:
@@ -134,7 +134,7 @@ def dry_run(
     with (
         tempfile.TemporaryDirectory(prefix="lrsd-") as scratch,
         closing(Journal(Path(scratch))) as journal,
-        torch.inference_mode(),
+        torch.no_grad(),
         ExitStack() as undone,
     ):
         clock = Clock()

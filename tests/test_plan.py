@@ -14,7 +14,6 @@ from lrsd.model.samples import distance, logits_of, run_model
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
-from lrsd.steps.observe import HELD_OUT
 
 
 @torch.inference_mode()
@@ -28,14 +27,18 @@ def test_what_is_compared_is_what_would_be_lost(
     prepared = dry_run(str(tiny_model_dir), on(Recipe.of(**settings), calibration))
     compared = prepared.plan.compared
     assert prepared.plan.name == min(compared, key=compared.__getitem__)
-    uniform = Recipe.of(**settings, allocation="uniform")
-    compress(str(tiny_model_dir), tmp_path / "out", on(uniform, calibration))
-    dense, packed = (load_model(str(path)).model for path in (tiny_model_dir, tmp_path / "out"))
     source = prepared.source
     samples = calibration_samples(source.loaded, source.fingerprint, calibration, Progress())
-    held_out = samples[-len(samples) // HELD_OUT :]
-    reference, found, after = (
-        logits_of(run_model(model, held_out)) for model in (dense, packed, source.loaded.model)
-    )
-    assert compared["uniform"] == pytest.approx(distance(dense, reference, found), rel=0.05)
+    fitted, held_out = samples[:14], samples[14:]
+    dense = load_model(str(tiny_model_dir)).model
+    reference, after = (logits_of(run_model(model, held_out)) for model in (dense, source.loaded.model))
     torch.testing.assert_close(after, reference, rtol=0, atol=0)
+    lost = {}
+    for name, text in (("fitted", fitted), ("all", samples)):
+        monkeypatch.setattr("lrsd.steps.prepare.calibration_samples", lambda *arguments, text=text: text)
+        uniform = Recipe.of(**settings, allocation="uniform")
+        compress(str(tiny_model_dir), tmp_path / name, on(uniform, calibration))
+        found = logits_of(run_model(load_model(str(tmp_path / name)).model, held_out))
+        lost[name] = distance(dense, reference, found)
+    assert compared["uniform"] == pytest.approx(lost["fitted"], rel=0.05)
+    assert compared["uniform"] != pytest.approx(lost["all"], rel=0.1), "what was held out is not fitted to"

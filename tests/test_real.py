@@ -21,7 +21,7 @@ from lrsd.numerics.lowrank import best_low_rank, pivot_factors, spectrum_errors
 from lrsd.numerics.solver import decompose, relative_error
 from lrsd.numerics.structured import fit_with_columns, select_columns, split_columns
 from lrsd.recipe import Recipe
-from lrsd.steps.observe import block_moments
+from lrsd.steps.observe import Weights, block_statistics
 from lrsd.work.streams import Stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -51,10 +51,10 @@ def layers() -> Layers:
         before = replay.inputs[0]
         for index, block in enumerate(layout.blocks[:3]):
             outputs = Stream()
-            moments = block_moments(replay, index, before, outputs)
+            statistics = block_statistics(replay, index, before, outputs, Weights())
             before = outputs
             for group in block.groups:
-                gram_II = moments[group.name].gram
+                gram_II = statistics[group.name].moments.gram
                 for spec in group.linears:
                     found[spec.name] = weight_slot(loaded.model, spec.name).read().double(), gram_II
     return {name: (W_OI.clone(), gram_II.clone()) for name, (W_OI, gram_II) in found.items()}

@@ -463,7 +463,7 @@ def test_a_resumed_run_reads_no_text_and_observes_nothing_again(
         raise AssertionError("finished work is done again")
 
     monkeypatch.setattr("lrsd.steps.prepare.calibration_samples", again)
-    monkeypatch.setattr("lrsd.steps.observe.block_moments", again)
+    monkeypatch.setattr("lrsd.steps.observe.block_statistics", again)
     monkeypatch.setattr("lrsd.steps.plan.make_plan", again)
     assert "model.safetensors" in run()
 

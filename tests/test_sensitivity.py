@@ -10,11 +10,12 @@ from torch.nn.functional import kl_div, log_softmax
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from lrsd.data.tokens import token_blocks
+from lrsd.forms.base import Shape
 from lrsd.methods.base import Probe
-from lrsd.model.layout import Layout, find_layout
+from lrsd.model.layout import Block, InputGroup, Layout, LinearSpec, find_layout
 from lrsd.model.samples import Samples
 from lrsd.model.slots import weight_slot
-from lrsd.steps.sensitivity import BlockProbe, in_float32
+from lrsd.steps.sensitivity import BlockProbe, in_float32, with_unreached_experts
 
 
 @pytest.fixture
@@ -94,3 +95,23 @@ def test_the_layer_that_moves_the_output_more_gets_more(model: PreTrainedModel, 
         equal = {name: Probe(member.W_OI, 1.0) for name, member in members.items()}
         measured = BlockProbe(model, layout, Samples({"input_ids": tokens})).measure(equal)
         assert max(measured, key=measured.__getitem__) == loud
+
+
+def test_unreached_experts_get_the_mean_of_their_place_by_their_share_of_tokens() -> None:
+    def group(name: str, routed: str | None) -> InputGroup:
+        return InputGroup((LinearSpec(name, Shape(4, 4), False),), routed)
+
+    places = {"ups": 4, "downs": 4, "other.ups": 2}
+    experts = [(f"{place}.{n}", place) for place, count in places.items() for n in range(count)]
+    block = Block("b", (group("q", None), *(group(*expert) for expert in experts)), 0, True)
+    measured = {
+        "q": 0.0, "ups.0": 3.0, "ups.1": 1.0, "ups.2": 0.0, "ups.3": 0.0, "downs.0": 0.5, "downs.1": 0.0,
+        "downs.2": 0.0, "other.ups.0": 0.0, "other.ups.1": 0.0,
+    }  # fmt: skip
+    routed = dict.fromkeys((name for name, _ in experts), 100) | {"ups.0": 300, "ups.2": 50, "ups.3": 0}
+    reached = {"q", "ups.0", "ups.1", "downs.0", "downs.1"}
+    found = with_unreached_experts(block, measured, reached, routed)
+    # Per token 4 / 400 and 0.5 / 200; downs.1 was reached and does not matter, downs.3 was not probed.
+    expected = {"ups.2": 0.5, "ups.3": 0.0, "downs.2": 0.25}
+    assert found == pytest.approx(measured | expected)
+    assert with_unreached_experts(block, measured, {name for name, _ in experts}, routed) == measured

@@ -20,6 +20,7 @@ from lrsd.numerics.lowrank import Spectrum, spectrum
 from lrsd.numerics.menu import Choice, Menu
 from lrsd.numerics.metric import Metric
 from lrsd.numerics.moments import Moments
+from lrsd.numerics.weights import row_scales
 from lrsd.settings import Allocation
 
 
@@ -53,7 +54,7 @@ class LayerProblem:
 
     W_OI: float64 target. dtype: of the 16-bit values that are stored. share: bytes that an equal share of
     the budget comes to. bias_O: the layer's own; input_mean_I, target_mean_O: means that a bias could
-    restore.
+    restore. rows_O: exponents by which the rows of W_OI are scaled, see `weighted`.
     """
 
     W_OI: Tensor
@@ -63,6 +64,23 @@ class LayerProblem:
     bias_O: Tensor | None = None
     input_mean_I: Tensor | None = None
     target_mean_O: Tensor | None = None
+    rows_O: Tensor | None = None
+
+    def weighted(self, rows_O: Tensor | None) -> "LayerProblem":
+        """The same with its rows weighed: d_i = 2^(-rows_i / 4) where there are exponents, see
+        `numerics.weights`. From here on W_OI is D^(1/2) W, whose every row counts alike; what comes out of a
+        solver is scaled back by `unscaled`."""
+        if rows_O is None:
+            return self
+        return replace(self, W_OI=self.W_OI / row_scales(rows_O).to(self.W_OI)[:, None], rows_O=rows_O)
+
+    def unscaled(self, values: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Values of a solution, its output channels first, in the layer's own units. rows: which channels
+        they are, all by default."""
+        if self.rows_O is None:
+            return values
+        scales = row_scales(self.rows_O if rows is None else self.rows_O[rows.to(self.rows_O.device)])
+        return values * scales.to(values)[:, None]
 
     @property
     def shape(self) -> Shape:
@@ -84,8 +102,12 @@ class LayerProblem:
         return spectrum(self.W_OI, self.metric.gram, self.metric.root if tall else None)
 
     def relative_error(self, approximation_OI: Tensor) -> float:
-        """tr((W - A) G (W - A)^T) / tr(W G W^T); 0 where W has no output energy at all."""
-        lost = self.metric.energy(self.W_OI.float() - approximation_OI.float())
+        """tr(D (W - A) G (W - A)^T) / tr(D W G W^T) of an approximation in the layer's own units; 0 where W
+        has no output energy at all."""
+        approximation_OI = approximation_OI.float()
+        if self.rows_O is not None:
+            approximation_OI = approximation_OI / row_scales(self.rows_O).to(approximation_OI)[:, None]
+        lost = self.metric.energy(self.W_OI.float() - approximation_OI)
         return lost / self.energy if self.energy > 0 else 0.0
 
 
@@ -125,6 +147,9 @@ class Method:
 
     default_allocation: ClassVar[Allocation] = "uniform"
     propagates: ClassVar[bool] = False
+    # Whether output channels, and calibration tokens, count by what they do to the output of their block.
+    weighs_rows: ClassVar[bool] = False
+    weighs_tokens: ClassVar[bool] = False
     # Whether layers are rounded to integers, for which the allocation's promises hold down to small losses.
     rounds: ClassVar[bool] = False
 

@@ -153,16 +153,18 @@ def solve(
 def _stored(
     problem: LayerProblem, found: Decomposition, *, pivoted: bool, state: State, corrects_mean: bool
 ) -> Solution:
-    summands = [Summand(*LowRank.of(found.U_FR, found.V_RC, pivoted=pivoted))]
+    free = complement(found.rows_P, found.shape[0])
+    U_FR, columns_OK = problem.unscaled(found.U_FR, free), problem.unscaled(found.column_values_OK)
+    summands = [Summand(*LowRank.of(U_FR, found.V_RC, pivoted=pivoted))]
     kept: dict[str, Tensor] = {}
     if found.mask_OK is not None:
         width = found.shape[1]
-        masked = Masked.of(found.column_values_OK, found.mask_OK, found.columns_K, width)
+        masked = Masked.of(columns_OK, found.mask_OK, found.columns_K, width)
         summands.append(Summand(*masked))
     elif found.columns_K.numel():
-        kept = {"columns": found.columns_K, "column_values": found.column_values_OK}
+        kept = {"columns": found.columns_K, "column_values": columns_OK}
     elif found.rows_P.numel():
-        kept = {"rows": found.rows_P, "row_values": found.row_values_PI}
+        kept = {"rows": found.rows_P, "row_values": problem.unscaled(found.row_values_PI, found.rows_P)}
     return store(
         problem, summands, kept, status=Status(state, damping=found.damping), history=found.history,
         corrects_mean=corrects_mean, adds_bias=corrects_mean,
@@ -177,7 +179,7 @@ def probe(problem: LayerProblem) -> Probe:
     rank = 1 if index is None else offers.choice(index).count("rank") or 1
     rank = min(rank, min(W_OI.shape) - 1)
     U_OR = problem.spectrum.basis_OR[:, :rank]
-    return Probe((U_OR @ (U_OR.T @ W_OI)).float(), float(errors_R[rank]))
+    return Probe(problem.unscaled(U_OR @ (U_OR.T @ W_OI)).float(), float(errors_R[rank]))
 
 
 def pruned_columns(problem: LayerProblem) -> Support:

@@ -81,6 +81,14 @@ class Layout:
     def groups(self) -> list[InputGroup]:
         return [group for block in self.blocks for group in block.groups]
 
+    def one_by_one(self) -> "Layout":
+        """The same with a group of its own for every linear, as where each weighs its tokens differently."""
+        blocks = [
+            replace(b, groups=tuple(replace(g, linears=(s,)) for g in b.groups for s in g.linears))
+            for b in self.blocks
+        ]
+        return replace(self, blocks=tuple(blocks))
+
     @cached_property
     def stacks(self) -> int:
         return 1 + max(block.stack for block in self.blocks)

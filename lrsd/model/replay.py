@@ -108,20 +108,22 @@ class Replay:
         observe: Observer | None = None,
         *,
         until: str | None = None,
+        run: "Callable[[int, int, Tensor], tuple[Tensor, dict[str, Tensor]]] | None" = None,
     ) -> None:
         """Run one block on every batch of this process: the only loop over batches.
 
         Args: before, outputs: where its hidden states come from and go to; observe: called with number,
         hidden
             states, output, and inputs by group name; until: the one group to look at, what comes after it in
-            the block not being run: there is no output then.
+            the block not being run: there is no output then; run: what runs a batch, instead of
+            `run_with_inputs`.
         """
         for batch in self.world.share(len(before)):
             hidden = before[batch]
             if until is not None:
                 output, inputs = hidden, {until: self.input_of(index, until, batch, hidden)}
             elif observe is not None:
-                output, inputs = self.run_with_inputs(index, batch, hidden)
+                output, inputs = (run or self.run_with_inputs)(index, batch, hidden)
             else:
                 output, inputs = self.run(index, batch, hidden), {}
             if outputs is not None:

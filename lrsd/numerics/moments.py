@@ -14,15 +14,18 @@ _TRIANGLE_BLOCKS = 4
 
 @dataclass
 class Moments:
-    """Sums over calibration tokens of x x^T, x and 1: float64 sums of float32 partial products. The products
-    are made where x is, the sums where `device` says, since not every accelerator has float64.
+    """Sums over calibration tokens of x x^T, each as often as its weight says, of x and 1: float64 sums of
+    float32 partial products. The products are made where x is, the sums where `device` says, since not every
+    accelerator has float64.
 
-    `a + b` is the moments of both token sets together, so shards merge in any order.
+    `a + b` is the moments of both token sets together, so shards merge in any order. count: tokens;
+    weight: the sum of their weights.
     """
 
     width: int
     device: torch.device | str = "cpu"
     count: int = 0
+    weight: float = 0.0
     _upper_II: Tensor = field(init=False, repr=False)
     _sum_I: Tensor = field(init=False, repr=False)
 
@@ -30,28 +33,32 @@ class Moments:
         self._upper_II = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
         self._sum_I = torch.zeros(self.width, dtype=torch.float64, device=self.device)
 
-    def update_(self, x_TI: Tensor) -> None:
-        """Add the tokens of x (any leading shape, last dimension `width`)."""
+    def update_(self, x_TI: Tensor, weights_T: Tensor | None = None) -> None:
+        """Add the tokens of x (any leading shape, last dimension `width`); weights: 1 by default."""
         x_TI = x_TI.reshape(-1, self.width).float()
+        self.count += len(x_TI)
+        self.weight += len(x_TI) if weights_T is None else float(weights_T.double().sum())
+        self._sum_I += x_TI.sum(0).to(self._sum_I.device)
+        if weights_T is not None:
+            x_TI = x_TI * weights_T.to(x_TI).sqrt()[:, None]
         step = max(1, math.ceil(self.width / _TRIANGLE_BLOCKS))
         for start in range(0, self.width, step):
             block_TB = x_TI[:, start : start + step]
             product_BI = block_TB.T @ x_TI[:, start:]
             self._upper_II[start : start + step, start:] += product_BI.to(self._upper_II.device)
-        self._sum_I += x_TI.sum(0).to(self._sum_I.device)
-        self.count += x_TI.shape[0]
 
     def __add__(self, other: "Moments") -> "Moments":
-        merged = Moments(self.width, self.device, self.count + other.count)
+        merged = Moments(self.width, self.device, self.count + other.count, self.weight + other.weight)
         merged._upper_II = self._upper_II + other._upper_II
         merged._sum_I = self._sum_I + other._sum_I
         return merged
 
     def scaled(self, count: int) -> "Moments":
         """The same means as if they were of `count` tokens."""
-        scaled = Moments(self.width, self.device, count)
-        scaled._upper_II += self._upper_II * (count / max(self.count, 1))
-        scaled._sum_I += self._sum_I * (count / max(self.count, 1))
+        times = count / max(self.count, 1)
+        scaled = Moments(self.width, self.device, count, self.weight * times)
+        scaled._upper_II += self._upper_II * times
+        scaled._sum_I += self._sum_I * times
         return scaled
 
     def state(self) -> dict[str, Tensor]:
@@ -61,12 +68,13 @@ class Moments:
             "upper": self._upper_II[rows, columns].float(),
             "sum": self._sum_I,
             "count": torch.tensor(self.count),
+            "weight": torch.tensor(self.weight, dtype=torch.float64),
         }
 
     @staticmethod
     def from_state(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> "Moments":
         """What `state` was taken of, to float32."""
-        moments = Moments(state["sum"].numel(), device, int(state["count"]))
+        moments = Moments(state["sum"].numel(), device, int(state["count"]), float(state["weight"]))
         rows, columns = torch.triu_indices(moments.width, moments.width, device=device)
         moments._upper_II[rows, columns] = state["upper"].to(device, torch.float64)
         moments._sum_I += state["sum"].to(device)
@@ -74,27 +82,28 @@ class Moments:
 
     @property
     def gram(self) -> Tensor:
-        """G = E[x x^T], (I, I) float64, per token."""
+        """G = E[x x^T], (I, I) float64, per unit of weight."""
         gram_II = self._upper_II.triu()
         gram_II += self._upper_II.triu(1).T
-        gram_II /= max(self.count, 1)
+        gram_II /= self.weight or 1.0
         return gram_II
 
     @property
     def mean(self) -> Tensor:
-        """E[x], (I,) float64."""
+        """E[x], (I,) float64, all tokens alike."""
         return self._sum_I / max(self.count, 1)
 
 
 @dataclass
 class CrossMoments:
-    """Sums over tokens of t x^T, t and 1, for a target t that is not a function of x alone; on `device`, as
-    those of `Moments`."""
+    """Sums over tokens of t x^T, weighted, of t and 1, for a target t that is not a function of x alone; on
+    `device`, as those of `Moments`."""
 
     rows: int
     columns: int
     device: torch.device | str = "cpu"
     count: int = 0
+    weight: float = 0.0
     _sum_OI: Tensor = field(init=False, repr=False)
     _sum_O: Tensor = field(init=False, repr=False)
 
@@ -102,28 +111,33 @@ class CrossMoments:
         self._sum_OI = torch.zeros(self.rows, self.columns, dtype=torch.float64, device=self.device)
         self._sum_O = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
 
-    def update_(self, t_TO: Tensor, x_TI: Tensor) -> None:
-        """Add pairs of tokens; both tensors share their leading shape."""
+    def update_(self, t_TO: Tensor, x_TI: Tensor, weights_T: Tensor | None = None) -> None:
+        """Add pairs of tokens; both tensors share their leading shape. weights: 1 by default."""
         t_TO = t_TO.reshape(-1, self.rows).float()
+        self.count += len(t_TO)
+        self.weight += len(t_TO) if weights_T is None else float(weights_T.double().sum())
+        self._sum_O += t_TO.sum(0).to(self._sum_O.device)
+        if weights_T is not None:
+            t_TO = t_TO * weights_T.to(t_TO)[:, None]
         product_OI = t_TO.T @ x_TI.reshape(-1, self.columns).float()
         self._sum_OI += product_OI.to(self._sum_OI.device)
-        self._sum_O += t_TO.sum(0).to(self._sum_O.device)
-        self.count += t_TO.shape[0]
 
     def __add__(self, other: "CrossMoments") -> "CrossMoments":
-        merged = CrossMoments(self.rows, self.columns, self.device, self.count + other.count)
+        merged = CrossMoments(
+            self.rows, self.columns, self.device, self.count + other.count, self.weight + other.weight
+        )
         merged._sum_OI = self._sum_OI + other._sum_OI
         merged._sum_O = self._sum_O + other._sum_O
         return merged
 
     @property
     def mean(self) -> Tensor:
-        """E[t x^T], (O, I) float64, per token."""
-        return self._sum_OI / max(self.count, 1)
+        """E[t x^T], (O, I) float64, per unit of weight."""
+        return self._sum_OI / (self.weight or 1.0)
 
     @property
     def target_mean(self) -> Tensor:
-        """E[t], (O,) float64."""
+        """E[t], (O,) float64, all tokens alike."""
         return self._sum_O / max(self.count, 1)
 
 

@@ -26,6 +26,8 @@ _SQUARES, _WEIGHTS = 5, 4
 # The same for a group that is fitted on the compressed model's activations: moments and cross moments of two
 # parts, their sums, G, damped, and its factor; own weights, targets and steps of all its layers together.
 _PAIR_SQUARES, _PAIR_WEIGHTS = 9, 8
+# Activations that a derivative keeps, as multiples of what goes into a block's layers and comes out of them.
+_KEPT = 2
 # Float32 copies of logits while two models' are compared: their log-probabilities, and what becomes of them.
 _COPIES = 5
 # Arrays and Python objects of a layer's menu: 387 offers of three numbers each.
@@ -91,6 +93,8 @@ def estimate_resources(
     for block in layout.blocks:
         moments = sum(8 * group.in_features**2 for group in block.groups)
         working += [moments + size for size in _solving(block, replayed, value)]
+        if recipe.method.weighs_rows or recipe.method.weighs_tokens:
+            working.append(moments + _differentiating(block, replayed))
         if propagate:
             working += [moments + size for size in _propagating(block)]
         if needs_sensitivity(recipe):
@@ -120,6 +124,15 @@ def _solving(block: Block, replayed: int, value: int) -> Iterator[int]:
     for group in block.groups:
         layer = group.in_features * max(spec.shape.out_features for spec in group.linears)
         yield 8 * (_SQUARES * group.in_features**2 + _WEIGHTS * layer)
+
+
+def _differentiating(block: Block, replayed: int) -> int:
+    """What a block's derivative keeps of its pass, in float32 where products are widened: weights, and inputs
+    and outputs of layers and of what is between them."""
+    specs = [spec for group in block.groups for spec in group.linears]
+    weights = sum(spec.shape.out_features * spec.shape.in_features for spec in specs)
+    widths = sum(spec.shape.out_features + spec.shape.in_features for spec in specs)
+    return 4 * (weights + _KEPT * replayed * widths)
 
 
 def _propagating(block: Block) -> Iterator[int]:

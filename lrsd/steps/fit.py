@@ -17,6 +17,7 @@ from lrsd.model.slots import WeightSlot, weight_slot
 from lrsd.numerics.menu import Choice
 from lrsd.numerics.moments import CrossMoments
 from lrsd.numerics.solver import propagated_target
+from lrsd.numerics.weights import row_scales
 from lrsd.progress import Progress
 from lrsd.steps.budget import ByteLedger
 from lrsd.steps.observe import Observation, layer_problem
@@ -155,7 +156,8 @@ class _BlockFit:
         for group in self.replay.layout.blocks[index].groups:
             pair = None
             if streams is not None and group.token_aligned:
-                pair = pair_moments(self.replay, index, group, streams)
+                tokens = self.observation.statistics[group.name].tokens
+                pair = pair_moments(self.replay, index, group, streams, tokens)
                 release_freed()
             try:
                 targets = self._targets(group, pair)
@@ -181,13 +183,13 @@ class _BlockFit:
         """Raises: SolverError."""
         if pair is not None:
             return self._propagated_targets(group, pair)
-        moments = self.observation.moments[group.name]
-        metric, mean_I = self.method.metric(moments), moments.mean
+        statistics = self.observation.statistics[group.name]
+        metric, mean_I = self.method.metric(statistics.moments), statistics.moments.mean
         targets = {}
         for spec in group.linears:
             own = layer_problem(self.replay, spec.name, metric, math.inf)
             problem = replace(own, input_mean_I=mean_I, target_mean_O=own.W_OI @ mean_I)
-            targets[spec.name] = _Target(problem)
+            targets[spec.name] = _Target(problem.weighted(statistics.exponents(spec.name)))
         return targets
 
     def _propagated_targets(self, group: InputGroup, pair: Pair) -> dict[str, _Target]:
@@ -219,18 +221,23 @@ class _BlockFit:
         input_mean_I = moments.mean
         mean_O = W_OI @ (input_mean_I if pair.writes_residual else cross.target_mean)
         mean_O = mean_O + cross.target_mean if pair.writes_residual else mean_O
+        statistics = self.observation.statistics[group.name]
         targets, end = {}, 0
         for spec in group.linears:
             start, end = end, end + spec.shape.out_features
-            own_OI, curvature = W_OI[start:end], float(curvatures_O[start:end].sum())
-            weight = float(slopes_O[start:end].sum()) / curvature if curvature > 0 else 0.0
+            rows_O = statistics.exponents(spec.name)
+            importances_O = torch.ones_like(curvatures_O[start:end])
+            if rows_O is not None:
+                importances_O = row_scales(rows_O).to(importances_O) ** -2
+            own_OI, curvature = W_OI[start:end], float(curvatures_O[start:end] @ importances_O)
+            weight = float(slopes_O[start:end] @ importances_O) / curvature if curvature > 0 else 0.0
             # Of a layer without weights the plan knows the step of nothing only.
             weight = min(max(weight, 0.0), 1.0) if own_OI.any() else 0.0
             W_target_OI = own_OI + weight * (full_OI[start:end] - own_OI)
             problem = replace(
                 own[spec.name], W_OI=W_target_OI, input_mean_I=input_mean_I, target_mean_O=mean_O[start:end]
             )
-            targets[spec.name] = _Target(problem, weight, damping)
+            targets[spec.name] = _Target(problem.weighted(rows_O), weight, damping)
         return targets
 
     def _fit_layer(self, slot: WeightSlot, target: _Target) -> Fitted:
@@ -244,7 +251,7 @@ class _BlockFit:
             ledger.charge(slot.name, choice.nbytes)
             tensors = {}
             if target.interpolation:
-                slot.write(problem.W_OI)
+                slot.write(problem.unscaled(problem.W_OI))
                 tensors["weight"] = slot.parameter.detach()
             return Fitted(choice, 0.0, target.interpolation, Status(State.DENSE), tensors=tensors)
         try:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from itertools import accumulate
 
 from lrsd.errors import BudgetError
 from lrsd.model.replay import Replay
@@ -20,10 +21,17 @@ from lrsd.numerics.allocate import (
 from lrsd.numerics.menu import Choice, Menu
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
-from lrsd.steps.observe import HELD_OUT, Observation, layer_problem
+from lrsd.steps.observe import (
+    Observation,
+    Weights,
+    block_statistics,
+    fitted_samples,
+    layer_problem,
+    share_among_experts,
+)
 from lrsd.work.journal import Workspace
 from lrsd.work.process import release_freed
-from lrsd.work.streams import Stream
+from lrsd.work.streams import Leading
 
 # KL in nats per token below which a plan for codes is not calibrated on the compressed model's activations:
 # on SmolLM2-135M at 4x propagation took twice the time of all the rest and lowered the perplexity from 26.83
@@ -106,11 +114,7 @@ def choose_plan(
     if PLAN_STEP not in workspace:
 
         def divergence(choices: Mapping[str, Choice]) -> float:
-            aside = workspace.new_stream("approximations")
-            try:
-                return _held_out_divergence(replay, observation, samples, choices, ratio, recipe, aside)
-            finally:
-                aside.drop()
+            return _held_out_divergence(replay, samples, choices, ratio, recipe, workspace)
 
         plan = make_plan(observation, budget, ratio, recipe, progress, divergence)
         workspace.finish(PLAN_STEP, plan)
@@ -174,36 +178,50 @@ def _smallest(menus: Mapping[str, Menu], budget: int) -> Allocation:
 
 def _held_out_divergence(
     replay: Replay,
-    observation: Observation,
     samples: Samples,
     choices: Mapping[str, Choice],
     ratio: float,
     recipe: Recipe,
-    aside: Stream,
+    workspace: Workspace,
 ) -> float:
-    """KL(dense || planned) per token on the held-out samples, all layers fitted without propagation.
+    """KL(dense || planned) per token on the held-out samples, all layers fitted to the others, without
+    propagation.
 
-    aside: where the dense logits and the fitted weights are kept meanwhile.
+    The others' moments are not kept, so that this takes a pass over them: the moments observed are of all
+    samples, and would favour the plan that has more to fit to the held-out ones with.
     """
     model, method = replay.model, recipe.method
-    last = samples[-max(1, len(samples) // HELD_OUT) :]
-    held_out = list(last[:_COMPARED_SAMPLES].cut(_COMPARED_TOKENS).split(1))
-    for sample in held_out:
-        aside.append(logits_of(run_model(model, sample)))
-    with ExitStack() as replaced:
-        for group in replay.layout.groups:
-            metric = method.metric(observation.moments[group.name])
-            for spec in group.linears:
-                choice = choices[spec.name]
-                if choice.is_dense:
-                    continue
-                # Columns and rows as observed: to improve them here would take most of the time.
-                problem = layer_problem(replay, spec.name, metric, ratio).single()
-                found = method.solve(problem, choice, quick=True)
-                slot, number = weight_slot(model, spec.name), len(aside)
-                aside.append(found.W_OI.to(model.dtype))
-                replaced.enter_context(slot.paged(lambda number=number: aside[number]))  # type: ignore[misc]
-            release_freed()
+    fitted = fitted_samples(len(samples))
+    held_out = list(samples[fitted:][:_COMPARED_SAMPLES].cut(_COMPARED_TOKENS).split(1))
+    batches = sum(end <= fitted for end in accumulate(replay.batch_sizes))
+    # Dense logits and fitted weights; hidden states on their way through the model.
+    aside, passing = workspace.new_stream("approximations"), workspace.new_stream("passing")
+    with ExitStack() as undone:
+        undone.callback(aside.drop)
+        undone.callback(passing.drop)
+        for sample in held_out:
+            aside.append(logits_of(run_model(model, sample)))
+        for index, block in enumerate(replay.layout.blocks):
+            before = Leading(replay.inputs[block.stack], batches) if block.is_first else passing
+            weights = Weights(method.weighs_rows, method.weighs_tokens)
+            found = block_statistics(replay, index, before, passing, weights)
+            statistics = share_among_experts(block, found)
+            for group in block.groups:
+                own = statistics[group.name]
+                metric = method.metric(own.moments)
+                for spec in group.linears:
+                    choice = choices[spec.name]
+                    if choice.is_dense:
+                        continue
+                    # Columns and rows as observed: to improve them here would take most of the time.
+                    rows_O = own.exponents(spec.name)
+                    problem = layer_problem(replay, spec.name, metric, ratio, rows_O).single()
+                    solved = method.solve(problem, choice, quick=True)
+                    slot, number = weight_slot(model, spec.name), len(aside)
+                    aside.append(solved.W_OI.to(model.dtype))
+                    undone.enter_context(slot.paged(lambda number=number: aside[number]))  # type: ignore[misc]
+                release_freed()
+            replay.finished(replay.block(index))
         total = 0.0
         for number, sample in enumerate(held_out):
             total += distance(model, aside[number], logits_of(run_model(model, sample)))

@@ -20,7 +20,7 @@ from lrsd.steps.estimate import (
     estimate_resources,
     estimate_time,
 )
-from lrsd.steps.observe import Observation, observe_model
+from lrsd.steps.observe import Observation, fitted_samples, observe_model
 from lrsd.steps.plan import PLAN_STEP, Plan, choose_plan, likely_propagates, needs_sensitivity
 from lrsd.steps.source import SourceModel
 from lrsd.work.journal import Journal
@@ -100,7 +100,7 @@ def prepare(
     progress.stage("observe", len(source.layout.blocks))
     observation = observe_model(
         replay, samples, recipe.method, source.linear_ratio, probing=needs_sensitivity(recipe),
-        progress=progress.step, workspace=journal,
+        progress=progress.step, note=progress.note, workspace=journal,
     )  # fmt: skip
     plan = choose_plan(
         replay, observation, samples, source.budget, source.linear_ratio, recipe, progress, journal
@@ -119,7 +119,10 @@ def start_replay(
     loaded, layout, residence = source.loaded, source.layout, source.residence
     needs = estimate_resources(loaded.model, layout, samples, recipe, residence, source.budget)
     check_resources(needs, journal.directory, source.memory_limit)
-    batches = list(samples.split(recipe.calibration.batch))
+    fitted = fitted_samples(len(samples))
+    # No batch holds samples of both parts, so that plans can be compared without those held out.
+    parts = samples[:fitted], samples[fitted:]
+    batches = [batch for part in parts for batch in part.split(recipe.calibration.batch)]
     start = time.perf_counter()
     replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.release)
     per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks

@@ -1,6 +1,6 @@
 """Error-propagating calibration: hidden states of the dense model and of the compressed one, side by side."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from lrsd.model.layout import InputGroup
 from lrsd.model.load import exact_device
 from lrsd.model.replay import Replay
 from lrsd.numerics.moments import CrossMoments, Moments
-from lrsd.steps.observe import HELD_OUT
+from lrsd.steps.observe import fitted_samples
 from lrsd.work.journal import Workspace
 from lrsd.work.streams import Stream
 
@@ -95,9 +95,11 @@ class Pair:
     writes_residual: bool
 
 
-def pair_moments(replay: Replay, index: int, group: InputGroup, streams: TwoStreams) -> Pair:
+def pair_moments(
+    replay: Replay, index: int, group: InputGroup, streams: TwoStreams, tokens: Mapping[int, Tensor]
+) -> Pair:
     """Moments of one group's inputs in both models; of the group that writes the residual stream last also
-    what `TwoStreams.move_on` needs."""
+    what `TwoStreams.move_on` needs. tokens: weights by batch, none: alike."""
     stream, dense_inputs = streams.compressed, streams.dense_inputs[group.name]
     last = group is replay.layout.blocks[index].groups[-1] and len(group.linears) == 1
     writes = last and replay.writes_residual(index, group.name, stream[0])
@@ -106,8 +108,7 @@ def pair_moments(replay: Replay, index: int, group: InputGroup, streams: TwoStre
     parts = [
         (Moments(group.in_features, device), CrossMoments(rows, group.in_features, device)) for _ in range(2)
     ]
-    samples = sum(replay.batch_sizes)
-    first_held_out = samples - max(1, samples // HELD_OUT)
+    first_held_out = fitted_samples(sum(replay.batch_sizes))
 
     def observe(batch: int, hidden: Tensor, output: Tensor, inputs: dict[str, Tensor]) -> None:
         x, t = inputs[group.name], dense_inputs[batch]
@@ -119,10 +120,12 @@ def pair_moments(replay: Replay, index: int, group: InputGroup, streams: TwoStre
         x, t = (z.reshape(len(hidden), -1, z.shape[-1]) for z in (x, t))
         seen = sum(replay.batch_sizes[:batch])
         cut = min(max(first_held_out - seen, 0), len(hidden))
+        weights = tokens[batch].view(len(hidden), -1) if batch in tokens else None
         for (moments, cross), part in zip(parts, (slice(None, cut), slice(cut, None)), strict=True):
             if len(x[part]):
-                moments.update_(x[part])
-                cross.update_(t[part], x[part])
+                weights_T = None if weights is None else weights[part].flatten()
+                moments.update_(x[part], weights_T)
+                cross.update_(t[part], x[part], weights_T)
 
     replay.pass_(index, stream, observe=observe, until=None if writes else group.name)
     dense_inputs.drop()

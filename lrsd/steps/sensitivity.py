@@ -1,13 +1,13 @@
 """How much the model's output suffers from each layer's error, measured by forward passes only."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 
 from lrsd.methods.base import Probe
-from lrsd.model.layout import Layout
+from lrsd.model.layout import Block, Layout
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples, distance
 from lrsd.model.slots import weight_slot
@@ -100,6 +100,11 @@ class BlockProbe:
         """The hidden states after the block that is measured."""
         return self._after
 
+    @property
+    def reached(self) -> frozenset[str]:
+        """Names of the block's groups that a token of the probe reached: all but those of some experts."""
+        return self._reached
+
     def advance(self) -> None:
         """Go on to the next block."""
         if self._index + 1 < len(self._replay.layout.blocks):
@@ -126,7 +131,8 @@ class BlockProbe:
             before = self._replay.inputs[block.stack][0]
         self._before = before
         with self._widened_blocks():
-            self._after = self._replay.run(index, 0, self._before)
+            self._after, inputs = self._replay.run_with_inputs(index, 0, self._before)
+        self._reached = frozenset(inputs)
 
     def _widened_blocks(self) -> AbstractContextManager[None]:
         return in_float32(self._replay.model, self._replay.layout, blocks_only=True)
@@ -143,3 +149,27 @@ class BlockProbe:
 
     def _answer(self) -> Tensor:
         return self._replay.logits_from(self._index, self._samples, self._before, _READ_EVERY)
+
+
+def with_unreached_experts(
+    block: Block, measured: Mapping[str, float], reached: Collection[str], routed: Mapping[str, int]
+) -> dict[str, float]:
+    """Sensitivities of a block's layers, with those of experts that no token of the probe reached: measured,
+    these are 0, which says nothing of them.
+
+    They get the mean of the reached experts' layers in the same place (`ups` or `downs`), times their share
+    of the calibration tokens relative to the mean of those: one sensitivity per token for all of them.
+
+    Args: measured: by layer name; reached: names of the groups that the probe reached; routed: calibration
+        tokens by name of the experts' groups.
+    """
+    found = dict(measured)
+    # A group of an expert's is one layer, and has its name.
+    for place in {group.routed for group in block.groups if group.routed}:
+        names = [group.name for group in block.groups if group.routed == place and group.name in measured]
+        seen = [name for name in names if name in reached]
+        tokens = sum(routed[name] for name in seen)
+        for name in names:
+            if name not in reached and tokens:
+                found[name] = sum(measured[other] for other in seen) * routed[name] / tokens
+    return found

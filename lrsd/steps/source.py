@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lrsd.data.sources import require_text, text_identity
+from lrsd.data.sources import mixture_identity
 from lrsd.errors import BudgetError, InputError
 from lrsd.forms.base import VALUE_BYTES
 from lrsd.model.embedding import embedding_names, packed_bytes
@@ -54,20 +54,21 @@ def load_source(
     Raises: InputError for a model that cannot be compressed, NumericsError for non-finite weights.
     """
     limit = allowed_memory() if memory is None else memory
-    calib = recipe.calibration.calib
-    require_text(calib, "--calib", features=calib.endswith(".safetensors"))
+    text = mixture_identity(list(recipe.calibration.shares))
     loaded = load_model(source, dtype=recipe.run.dtype, device=recipe.run.device, memory=limit)
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{source} is already compressed; compress the dense model it was made from")
+    loaded.model.requires_grad_(False)  # derivatives are taken by outputs of layers, never by weights
     unfuse_experts(loaded.model)
     residence = Residence(loaded.model, limit, process)
     layout = find_layout(loaded.model, loaded.kind.example(loaded.model), recipe.selection)
+    if recipe.method.weighs_tokens:
+        layout = layout.one_by_one()
     for name, weight in residence.passing():
         check_finite(name, weight)
     identity = fingerprint(loaded, residence.passing())
     linear = sum(spec.shape.dense_bytes for spec in layout.linears.values())
     budget = linear_budget(loaded.model, linear, recipe.budget)
-    text = text_identity(calib)
     return SourceModel(
         loaded, layout, residence, limit, identity, text, budget, checkpoint_bytes(loaded.model)
     )

@@ -9,7 +9,7 @@ from recipes import on
 from transformers import AutoModelForCausalLM, GptOssConfig, MixtralConfig, PreTrainedModel, Qwen3MoeConfig
 
 from lrsd.checkpoint.manifest import Manifest
-from lrsd.compress import compress
+from lrsd.compress import compress, dry_run
 from lrsd.model.experts import fuse_experts, unfuse_experts
 from lrsd.model.layout import find_layout
 from lrsd.model.samples import Samples
@@ -97,3 +97,29 @@ def test_a_starved_expert_is_fitted_on_the_tokens_of_the_others_and_reported(
         # The last layer is fitted to whatever bytes are left.
         assert experts[name].error <= 1.1 * without.layers[name].error + 1e-5, name
     assert {without.untouched[name] for name in starved} == {"--exclude"}
+
+
+@torch.inference_mode()
+def test_experts_that_the_probe_misses_are_as_sensitive_per_token_as_those_that_it_reaches(
+    make_model, text_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A probe of one token reaches two of four experts; by measurement the others would do without bytes."""
+    for name in ("_SAMPLES", "_TOKENS"):
+        monkeypatch.setattr(f"lrsd.steps.sensitivity.{name}", 1)
+    recipe = Recipe.of(ratio=4, allocation="kl", propagate=False)
+    calibration = Calibration(calib=str(text_file), samples=16, seqlen=32)
+    observation = dry_run(str(make_model(Qwen3MoeConfig(**TINY))), on(recipe, calibration)).observation
+    for block in range(2):
+        for place in (f"model.layers.{block}.mlp.experts.{part}" for part in ("ups", "downs")):
+            names = [f"{place}.{expert}" for expert in range(TINY["num_experts"])]
+            per_token = {n: observation.sensitivity[n] / observation.routed[n] for n in names}
+            assert min(per_token.values()) > 0
+            missed = [
+                n for n in names if sum(per_token[n] == pytest.approx(v) for v in per_token.values()) > 1
+            ]
+            reached = [n for n in names if n not in missed]
+            assert len(missed) == len(reached) == 2
+            mean = sum(observation.sensitivity[n] for n in reached) / sum(
+                observation.routed[n] for n in reached
+            )
+            assert per_token[missed[0]] == pytest.approx(mean)
