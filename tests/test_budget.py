@@ -43,7 +43,7 @@ def test_entropy_coded_layers_land_on_the_budget(
     assert manifest.linear_bytes >= 0.995 * manifest.budget_bytes
     assert stored_bytes(tmp_path / "out", manifest.layers) == manifest.linear_bytes
     forms = {term["form"] for layer in manifest.layers.values() for term in terms(layer)}
-    assert {"entropy"} <= forms <= {"entropy", "low_rank"}
+    assert {"trellis"} <= forms <= {"trellis", "low_rank"}
 
 
 def terms(layer: LayerRecord) -> list[dict[str, Any]]:

@@ -281,6 +281,25 @@ def test_recipe_of_a_checkpoint_makes_it_again(
     assert (first / "recipe.json").read_bytes() == (second / "recipe.json").read_bytes()
 
 
+def test_a_mixture_of_texts_is_named_in_full_and_made_again_by_its_recipe(
+    run: Run, tiny_model_dir: Path, text_file: Path, tmp_path: Path
+) -> None:
+    text, paths = text_file.read_text(), [tmp_path / "one.txt", tmp_path / "other.txt"]
+    for path, half in zip(paths, (text[:30_000], text[30_000:]), strict=True):
+        path.write_text(half)
+    first, second, alone = tmp_path / "first", tmp_path / "second", tmp_path / "alone"
+    sources = [word for path in paths for word in ("--calib", path)]
+    run("compress", tiny_model_dir, "--ratio", "1.5", *sources, *SMALL, "-o", first)
+    assert json.loads((first / "recipe.json").read_text())["calib"] == [*map(str, paths)]
+    assert f"({paths[0]}, {paths[1]})" in (first / "README.md").read_text()
+    run("compress", tiny_model_dir, "--recipe", first / "recipe.json", "-o", second)
+    assert same_checkpoint(first, second)
+    # What is typed takes the place of all texts of the recipe.
+    run("compress", tiny_model_dir, "--recipe", first / "recipe.json", "--calib", paths[0], "-o", alone)
+    assert json.loads((alone / "recipe.json").read_text())["calib"] == str(paths[0])
+    assert not same_checkpoint(first, alone)
+
+
 def test_what_is_typed_wins_over_the_recipe(
     run: Run, compressed: Path, tiny_model_dir: Path, tmp_path: Path
 ) -> None:
@@ -315,7 +334,7 @@ def test_a_stopped_run_leaves_nothing_behind(
     number: signal.Signals, code: int, tiny_model_dir: Path, text_file: Path, tmp_path: Path
 ) -> None:
     # Enough samples that the calibration pass outlasts the moment the signal takes to arrive.
-    size = ("--samples", "256", "--seqlen", "256")
+    size = ("--samples", "160", "--seqlen", "256")
     process = start(
         "compress", tiny_model_dir, "--ratio", "2", "--calib", text_file, *size, "-o", tmp_path / "new"
     )

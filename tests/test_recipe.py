@@ -13,6 +13,7 @@ from lrsd.settings import Budget
 
 # Another value than the default, for every option; by method where they differ.
 OTHER: dict[str, Any] = {
+    "row_weights": False, "token_weights": True, "grid": "plain",
     "ratio": 3.7, "scope": "checkpoint", "allocation": "uniform",
     "include": ("*.mlp.*", "*.up"), "exclude": ("lm_head",), "min_weights": 12,
     "calib": "c4", "samples": 9, "seqlen": 33, "seed": 4, "batch": 2, "propagate": True,
@@ -48,6 +49,26 @@ def test_a_recipe_is_read_as_it_was_written(method: str) -> None:
         for name, value in changed.items():
             expected = list(value) if isinstance(value, tuple) else value
             assert written[name] == (f"{value!r}x" if name == "ratio" else expected)
+
+
+def test_calibration_texts_are_one_option_written_as_they_are_read() -> None:
+    """One as a text, whichever way it is given; several as a list."""
+    for one in ("c4", ("c4",), ["c4"]):
+        assert Recipe.of(ratio=2, calib=one) == Recipe.of(ratio=2, calib="c4")
+        assert Recipe.of(ratio=2, calib=one).to_dict()["calib"] == "c4"
+    several = Recipe.of(ratio=2, calib=["c4", "self", "a.txt"])
+    assert several.to_dict()["calib"] == ["c4", "self", "a.txt"]
+    assert Recipe.of(**json.loads(json.dumps(several.to_dict()))) == several
+    assert several != Recipe.of(ratio=2, calib=["self", "c4", "a.txt"])
+
+
+@pytest.mark.parametrize("samples", [3, 4, 5, 128])
+def test_shares_are_equal_and_the_first_sources_have_what_is_left_over(samples: int) -> None:
+    shares = Recipe.of(ratio=2, calib=("a", "b", "c"), samples=samples).calibration.shares
+    assert list(shares) == ["a", "b", "c"]
+    assert sum(shares.values()) == samples
+    assert list(shares.values()) == sorted(shares.values(), reverse=True)
+    assert max(shares.values()) - min(shares.values()) <= 1
 
 
 def test_every_option_has_another_value_in_this_test() -> None:
@@ -119,6 +140,8 @@ WRONG: list[dict[str, Any]] = [
     {"structure": "row", "bits": "4"}, {"rank": 3, "bits": "4"}, {"method": "gptq", "bits": "16"},
     {"method": "gptq", "structure": "row"}, {"method": "sparsegpt", "block": 0},
     {"method": "ssd", "alternations": 0},
+    {"calib": ()}, {"calib": [3]}, {"calib": None}, {"calib": ("a", "b", "a")},
+    {"calib": ("a", "b", "c"), "samples": 2},
 ]  # fmt: skip
 
 

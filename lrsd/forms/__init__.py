@@ -5,10 +5,12 @@ from lrsd.forms.entropy import Entropy
 from lrsd.forms.groupwise import Groupwise
 from lrsd.forms.lowrank import LowRank
 from lrsd.forms.masked import Masked
+from lrsd.forms.trellis import Trellis
 
 FORMS: dict[str, type[Form]] = {
     "low_rank": LowRank,
     "masked": Masked,
     "entropy": Entropy,
     "groupwise": Groupwise,
+    "trellis": Trellis,
 }

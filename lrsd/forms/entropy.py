@@ -1,4 +1,7 @@
-"""Entropy-coded scalar quantization (ECSQ): integers of any size, one step per column."""
+"""Entropy-coded scalar quantization as earlier releases stored it: integers of any size, a step per column.
+
+Only read; `forms.trellis` has taken its place.
+"""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,8 +11,8 @@ from torch import Tensor
 
 from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors
 from lrsd.forms.kernels import integer_product, narrowest
-from lrsd.numerics.coding import entropy_decode, entropy_encode
-from lrsd.numerics.rounding import EntropyCodes, column_steps
+from lrsd.numerics.coding import entropy_decode
+from lrsd.numerics.rounding import column_steps
 
 # Eighths of an octave: float32 ends at 2^127.
 _LARGEST_EXPONENT = 8 * 127
@@ -35,17 +38,6 @@ class Entropy(Form):
             raise ValueError(f"a stream of {self.stream} bytes")
         if abs(self.exponent) > _LARGEST_EXPONENT:
             raise ValueError(f"no usable exponent: {self.exponent}")
-
-    @staticmethod
-    def of(codes: EntropyCodes) -> tuple["Entropy", dict[str, Tensor]]:
-        columns_first = codes.codes_OI.T[codes.offsets_I.argsort(stable=True)]
-        stream = entropy_encode(columns_first)
-        return Entropy(stream.numel(), codes.exponent), {"codes": stream, "steps": codes.offsets_I}
-
-    @staticmethod
-    def read(codes: EntropyCodes) -> Tensors:
-        """What `load` gives for these codes, which need not be decoded then."""
-        return {"codes": codes.codes_OI, "steps": column_steps(codes.offsets_I, codes.exponent)}
 
     def tensors(self, shape: Shape) -> Specs:
         return {

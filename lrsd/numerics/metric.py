@@ -14,14 +14,23 @@ from lrsd.numerics.rounding import HessianFactor, hessian_factor
 class Metric:
     """G (I, I), the mean of x x^T or what stands for it: err(A) = tr((W - A) G (W - A)^T).
 
-    gram: in float64; factor: of (G + damping)^-1, for error feedback; root: C with C C^T = G.
+    gram: in float64; factor: of (G + damping)^-1, for error feedback, the damping by channel or by their
+    mean; root: C with C C^T = G.
     """
 
-    def __init__(self, gram_II: Tensor, factor: Callable[[], HessianFactor] | None = None) -> None:
+    def __init__(
+        self,
+        gram_II: Tensor,
+        factor: Callable[[], HessianFactor] | None = None,
+        *,
+        damps_by_channel: bool = False,
+    ) -> None:
         """factor: that of the same metric in float64, which serves here too."""
-        self.gram = gram_II
+        self.gram, self.damps_by_channel = gram_II, damps_by_channel
         # No metric refers to itself or to its like: both would stay in memory until a garbage collection.
-        self._factor = cache(partial(hessian_factor, gram_II)) if factor is None else factor
+        self._factor = (
+            cache(partial(hessian_factor, gram_II, by_channel=damps_by_channel)) if factor is None else factor
+        )
 
     @property
     def width(self) -> int:
@@ -31,6 +40,14 @@ class Metric:
     def factor(self) -> HessianFactor:
         """Raises: SolverError."""
         return self._factor()
+
+    @cached_property
+    def shares(self) -> Tensor:
+        """(U G U^T)_jj of the factor U, in its order, float32: how much of a column's rounding error counts;
+        1 without damping. Raises: SolverError."""
+        upper_II, order_I = self.factor.upper_II, self.factor.order_I
+        ordered_II = self.single.gram[order_I][:, order_I]
+        return ((upper_II @ ordered_II) * upper_II).sum(1).clamp(min=0)
 
     @cached_property
     def root(self) -> Tensor:
@@ -44,7 +61,7 @@ class Metric:
 
     @cached_property
     def _single(self) -> "Metric":
-        return Metric(self.gram.float(), self._factor)
+        return Metric(self.gram.float(), self._factor, damps_by_channel=self.damps_by_channel)
 
     def energy(self, W_OI: Tensor) -> float:
         """tr(W G W^T) from products in float32: the mean squared norm of W x per token."""

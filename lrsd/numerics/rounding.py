@@ -11,13 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from lrsd.errors import SolverError
+from lrsd.numerics.trellis import DEVIATIONS_LOG2, deviation_classes, measured, round_block
 
-# Ridge on G in units of its mean diagonal, the GPTQ default; a tenth of it changed no error by 1 %.
+# Ridge on G in units of its diagonal: of the mean, the GPTQ default, or of every channel's own.
 DAMPING = 0.01
+# Least ridge of a channel, in units of the mean diagonal: of one that hardly ever moves.
+_LEAST_RIDGE = 1e-6
 # Columns rounded between two updates of all later ones (one matrix product each).
 _BLOCK = 64
 # Steps lie on this many values per octave, so that a column's step is one byte: being off the ideal
@@ -47,10 +51,11 @@ class HessianFactor:
         return self.order_I.numel()
 
 
-def hessian_factor(gram_II: Tensor, damping: float = DAMPING) -> HessianFactor:
+def hessian_factor(gram_II: Tensor, damping: float = DAMPING, *, by_channel: bool = False) -> HessianFactor:
     """Factor a metric; the ridge is raised tenfold while G + ridge is not positive definite.
 
-    Raises: SolverError.
+    by_channel: every channel's ridge in units of its own G_jj instead of their mean, by which one massive
+    channel would damp the feedback of all. Raises: SolverError.
     """
     first = damping
     gram_II = gram_II.double()
@@ -59,15 +64,21 @@ def hessian_factor(gram_II: Tensor, damping: float = DAMPING) -> HessianFactor:
     ordered_II = gram_II[order_I][:, order_I]
     scale = float(diagonal_I.mean()) or 1.0
     identity_II = torch.eye(gram_II.shape[0], dtype=gram_II.dtype, device=gram_II.device)
+    ridge_I = torch.full_like(diagonal_I, scale)
+    if by_channel:
+        ridge_I = diagonal_I[order_I].clamp(min=_LEAST_RIDGE * scale)
     while True:
         # With R R^T = G + damping and R upper triangular, U = R^-1: no explicit inverse of G is formed.
-        lower_II, failed = torch.linalg.cholesky_ex((ordered_II + damping * scale * identity_II).flip(0, 1))
-        if not failed:
+        lower_II, failed = torch.linalg.cholesky_ex((ordered_II + (damping * ridge_I).diag()).flip(0, 1))
+        if not failed and bool(diagonal_I.isfinite().all()):
             upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
             return HessianFactor(order_I, upper_II.float(), damping if damping > first else 0.0)
-        if not damping < 1e3:  # a finite positive semidefinite matrix factors long before
+        if not damping < 1e3 or not bool(
+            diagonal_I.isfinite().all()
+        ):  # a finite positive semidefinite matrix factors long before
             raise SolverError("the moments of its inputs are not finite or not positive semidefinite")
         damping *= 10
+        ridge_I = torch.full_like(diagonal_I, scale)  # where some G_jj are noise their mean is not
 
 
 def round_columns(
@@ -97,11 +108,13 @@ def round_columns(
 
 @dataclass(frozen=True)
 class EntropyCodes:
-    """W_ij ~ codes_ij 2^((exponent + offsets_j) / 8): codes (O, I) int32, offsets_I uint8."""
+    """W_ij ~ codes_ij 2^((exponent + offsets_j) / 8): codes (O, I) int32, offsets_I uint8; every column a
+    path through a trellis of so many states, 1 being a plain grid."""
 
     codes_OI: Tensor
     offsets_I: Tensor
     exponent: int
+    states: int = 1
 
     def dense(self) -> Tensor:
         """(O, I) float32."""
@@ -118,7 +131,7 @@ def column_steps(offsets_I: Tensor, exponent: int) -> Tensor:
     return torch.ldexp(fractions[eighths - whole * STEPS_PER_OCTAVE], whole)
 
 
-def round_ecsq(W_OI: Tensor, factor: HessianFactor, step: float) -> EntropyCodes:
+def round_entropy_coded(W_OI: Tensor, factor: HessianFactor, step: float, states: int = 8) -> EntropyCodes:
     """Codes of least entropy for a given output error, each column with the step its inputs ask for.
 
     Column j is rounded to multiples of about step * U_jj, so that every column adds the same error to
@@ -126,11 +139,12 @@ def round_ecsq(W_OI: Tensor, factor: HessianFactor, step: float) -> EntropyCodes
     step that is stored is the rounding step times the factor that makes code * step the best estimate
     of a normally distributed weight; towards 1 bit and below this saves 0.1 bit and more.
 
-    Args: step: root of the output error's quantum per column, in output units per row.
+    Args: step: root of the output error's quantum per column, in output units per row; states: see
+        `numerics.trellis`.
     Source: WaterSIC (arXiv 2603.04956), water-filling over GPTQ's feedback; cf. Ordentlich & Polyanskiy,
         "Optimal quantization for matrix multiplication", 2024; ECSQ: Gish & Pierce 1968.
     """
-    table = gaussian_table(str(W_OI.device))
+    table = gaussian_table(str(W_OI.device), states)
     ideal_I = torch.empty(factor.width, device=W_OI.device)
     ideal_I[factor.order_I] = step * factor.upper_II.diagonal()
     # Above this step a column would round to zero anyway: its codes are as cheap as they can be.
@@ -143,13 +157,36 @@ def round_ecsq(W_OI: Tensor, factor: HessianFactor, step: float) -> EntropyCodes
     offsets_I = (eighths_I - exponent).clamp(max=_STEP_RANGE).to(torch.uint8)
     stored_I = column_steps(offsets_I, exponent)
     rounding_I = stored_I / shrinks_I
+    codes_OI = _round_paths(W_OI, factor, rounding_I, stored_I, deviations_I, states)
+    return EntropyCodes(codes_OI, offsets_I, exponent, states)
 
-    def quantize(j: int, w_O: Tensor) -> tuple[Tensor, Tensor]:
-        code_O = (w_O / rounding_I[j]).round()
-        return code_O.int(), code_O * stored_I[j]
 
-    codes_OI, _ = round_columns(W_OI, factor, quantize)
-    return EntropyCodes(codes_OI, offsets_I, exponent)
+def _round_paths(
+    W_OI: Tensor,
+    factor: HessianFactor,
+    rounding_I: Tensor,
+    stored_I: Tensor,
+    deviations_I: Tensor,
+    states: int,
+) -> Tensor:
+    """Codes (O, I) int32 of `round_columns` on a CPU, by compiled loops. rounding, stored: steps to round
+    with and to read back with."""
+    order_I = factor.order_I.cpu()
+    ordered_IO = W_OI.float().cpu().T[order_I].contiguous()
+    codes_IO = torch.empty(ordered_IO.shape, dtype=torch.int32)
+    upper_II = factor.upper_II.cpu()
+    steps_I, shrunk_I = (t.float().cpu()[order_I].numpy() for t in (rounding_I, stored_I))
+    classes_I = deviation_classes((deviations_I / rounding_I).cpu()[order_I])
+    bits_QCK = measured().bits_QCK
+    for start in range(0, factor.width, _BLOCK):
+        here = slice(start, min(start + _BLOCK, factor.width))
+        errors_BO = torch.empty_like(ordered_IO[here])
+        round_block(
+            ordered_IO[here].numpy(), upper_II[here, here].contiguous().numpy(), steps_I[here],
+            shrunk_I[here], classes_I[here], bits_QCK, states, codes_IO[here].numpy(), errors_BO.numpy(),
+        )  # fmt: skip
+        ordered_IO[here.stop :] -= upper_II[here, here.stop :].T @ errors_BO
+    return codes_IO[order_I.argsort()].T.contiguous().to(W_OI.device)
 
 
 @dataclass(frozen=True)
@@ -180,7 +217,10 @@ _TABLE_LOW, _TABLE_HIGH, _TABLE_DENSITY = -4, 13, 16
 
 
 @cache
-def gaussian_table(device: str = "cpu") -> GaussianTable:
+def gaussian_table(device: str = "cpu", states: int = 1) -> GaussianTable:
+    """On a plain grid in closed form; of a trellis as `measured`."""
+    if states > 1:
+        return _trellis_table(device)
     rows = []
     for index in range((_TABLE_HIGH - _TABLE_LOW) * _TABLE_DENSITY + 1):
         x = 2.0 ** (_TABLE_LOW + index / _TABLE_DENSITY)
@@ -198,6 +238,21 @@ def gaussian_table(device: str = "cpu") -> GaussianTable:
         rows.append((entropy, max(x * x - 2 * shrink * cross + shrink**2 * square, 0.0), shrink))
     table = torch.tensor(rows, dtype=torch.float32, device=device)
     return GaussianTable(table[:, 0], table[:, 1], table[:, 2])
+
+
+def _trellis_table(device: str) -> GaussianTable:
+    """Interpolated between the measured deviations. Below them every code is zero; above them a bit is an
+    octave and the error stays."""
+    found = measured()
+    known = DEVIATIONS_LOG2
+    wanted = _TABLE_LOW + np.arange((_TABLE_HIGH - _TABLE_LOW) * _TABLE_DENSITY + 1) / _TABLE_DENSITY
+    beyond, below = (wanted - known[-1]).clip(min=0), wanted < known[0]
+    entropies = np.where(below, 0.0, np.interp(wanted, known, found.entropies_Q) + beyond)
+    errors = np.where(below, 4.0**wanted, np.interp(wanted, known, found.errors_Q))
+    shrinks = np.interp(wanted, known, found.shrinks_Q)
+    return GaussianTable(
+        *(torch.tensor(row, dtype=torch.float32, device=device) for row in (entropies, errors, shrinks))
+    )
 
 
 def _density(z: Tensor) -> Tensor:

@@ -158,7 +158,9 @@ def columns_plus_codes(W_OI: Tensor, metric: Metric, columns: int) -> tuple[Colu
     none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
     columns_K = column_energies(W_OI, metric.gram).topk(columns).indices.sort().values if columns else none
     split = split_columns(metric.gram, columns_K)
-    return split, hessian_factor(split.schur_CC) if columns else metric.factor
+    if not columns:
+        return split, metric.factor
+    return split, hessian_factor(split.schur_CC, by_channel=metric.damps_by_channel)
 
 
 def decompose_coded(

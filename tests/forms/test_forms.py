@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from deflate import entropy_form
 from torch import Tensor
 
 from lrsd.errors import CheckpointError
@@ -21,6 +22,7 @@ from lrsd.forms.layer import Layer, assemble, parse_layer
 from lrsd.forms.lowrank import LowRank
 from lrsd.forms.masked import Masked
 from lrsd.forms.packed import PackedLinear
+from lrsd.forms.trellis import Trellis
 from lrsd.numerics.rounding import EntropyCodes, GroupCodes
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
@@ -73,7 +75,40 @@ def entropy(generator: torch.Generator, shape: Shape, largest: int, exponent: in
     offsets_I = torch.randint(0, 5, size[1:], generator=generator).to(torch.uint8)
     W_OI = codes_OI.double() * torch.exp2((offsets_I.double() + exponent) / 8)
     codes = EntropyCodes(codes_OI, offsets_I, exponent)
-    return Case(*Entropy.of(codes), W_OI, prod(size), exact=True)
+    return Case(*entropy_form(codes), W_OI, prod(size), exact=True)
+
+
+def trellis(
+    generator: torch.Generator,
+    shape: Shape,
+    largest: int,
+    exponent: int,
+    *,
+    states: int = 8,
+    rows: bool = True,
+) -> Case:
+    """Any parities make a path: the grid of a value follows from those of the codes before it."""
+    size = shape.out_features, shape.in_features
+    k_OI = torch.randint(-largest, largest + 1, size, generator=generator, dtype=torch.int32)
+    codes_OI = k_OI if states == 1 else path_of(k_OI)
+    offsets_I = torch.randint(0, 5, size[1:], generator=generator).to(torch.uint8)
+    rows_O = torch.randint(0, 40, size[:1], generator=generator).to(torch.uint8) if rows else None
+    W_OI = codes_OI.double() * torch.exp2((offsets_I.double() + exponent) / 8)
+    if rows_O is not None:
+        W_OI *= torch.exp2(rows_O.double() / 8)[:, None]
+    codes = EntropyCodes(codes_OI, offsets_I, exponent, states)
+    return Case(*Trellis.of(codes, rows_O), W_OI, prod(size), exact=not rows)
+
+
+def path_of(k_OI: Tensor) -> Tensor:
+    """2k, or on the other grid 2k - sgn k, as the parities of the codes above lead there."""
+    values_OI = k_OI.clone()
+    for j in range(k_OI.shape[1]):
+        state = 0
+        for i, k in enumerate(k_OI[:, j].tolist()):
+            values_OI[i, j] = 2 * k - ((k > 0) - (k < 0)) * (state // 2 % 2)
+            state = 2 * state % 8 + (k % 2 ^ state % 2 ^ state // 4)
+    return values_OI
 
 
 def groupwise(generator: torch.Generator, shape: Shape, bits: int, group: int) -> Case:
@@ -111,6 +146,15 @@ CASES: dict[str, tuple[str, Make]] = {
     "entropy of zeros": ("entropy", lambda g: entropy(g, ODD, 0, 0)),
     "entropy of a row": ("entropy", lambda g: entropy(g, ROW, 9, 0)),
     "entropy of a column": ("entropy", lambda g: entropy(g, COLUMN, 9, -3)),
+    "trellis": ("trellis", lambda g: trellis(g, ODD, 2, -40)),
+    "trellis, int16": ("trellis", lambda g: trellis(g, ODD, 3000, 7)),
+    "trellis, int32": ("trellis", lambda g: trellis(g, ODD, 2**20, -131)),
+    "trellis of zeros": ("trellis", lambda g: trellis(g, ODD, 0, 0)),
+    "trellis of a row": ("trellis", lambda g: trellis(g, ROW, 9, 0)),
+    "trellis of a column": ("trellis", lambda g: trellis(g, COLUMN, 9, -3)),
+    "trellis of alike rows": ("trellis", lambda g: trellis(g, ODD, 9, -3, rows=False)),
+    "plain grid": ("trellis", lambda g: trellis(g, ODD, 9, -3, states=1, rows=False)),
+    "plain grid, int32": ("trellis", lambda g: trellis(g, ODD, 2**20, -3, states=1)),
     **{f"{bits} bit": ("groupwise", lambda g, bits=bits: groupwise(g, ODD, bits, 5)) for bits in range(1, 9)},
     "one group": ("groupwise", lambda g: groupwise(g, ODD, 3, 64)),
     "groups of one": ("groupwise", lambda g: groupwise(g, ODD, 3, 1)),
@@ -350,7 +394,9 @@ def test_values_that_contradict_each_other_are_an_error_that_names_the_layer(
         broken.check("model.layers.3.up")
 
 
-@pytest.mark.parametrize("where", [name for name, (form, _) in CASES.items() if form == "entropy"])
+@pytest.mark.parametrize(
+    "where", [name for name, (form, _) in CASES.items() if form in ("entropy", "trellis")]
+)
 def test_a_damaged_stream_is_a_value_error(generator: torch.Generator, where: str) -> None:
     """Cut off, too long, or of another number of codes; never a wrong matrix of the wrong size."""
     case = CASES[where][1](generator)
@@ -370,6 +416,7 @@ FORM_ENTRIES = [
     {"form": "low_rank", "rank": 3, "pivoted": False},
     {"form": "masked", "columns": 3, "entries": 7},
     {"form": "entropy", "stream": 9, "exponent": -4},
+    {"form": "trellis", "stream": 9, "exponent": -4, "states": 1, "scaled": True},
     {"form": "groupwise", "bits": 3, "group": 8},
 ]
 
@@ -391,11 +438,12 @@ def wrong_entries() -> list[Any]:
             for value in ("1", None, 1.5, [], 2**40, -(2**41), not isinstance(known, bool)):
                 if type(value) is not type(known) or abs(value) >= 2**40:  # type: ignore[arg-type]
                     wrong.append({"terms": [term | {field: value}]})
-        required = [f for f in term if f not in ("form", "rank", "pivoted", "exponent")]
+        required = [f for f in term if f not in ("form", "rank", "pivoted", "exponent", "states", "scaled")]
         wrong += [{"terms": [{k: v for k, v in term.items() if k != gone}]} for gone in required]
     for term in (
         {"form": "low_rank", "rank": -1}, {"form": "masked", "columns": -1, "entries": 0},
         {"form": "masked", "columns": 1, "entries": -1}, {"form": "entropy", "stream": -1},
+        {"form": "trellis", "stream": -1}, {"form": "trellis", "stream": 1, "states": 4},
         {"form": "entropy", "stream": 1, "exponent": 2000}, {"form": "groupwise", "bits": 0, "group": 8},
         {"form": "groupwise", "bits": 9, "group": 8}, {"form": "groupwise", "bits": 3, "group": 0},
     ):  # fmt: skip

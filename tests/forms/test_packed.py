@@ -17,7 +17,7 @@ from lrsd.methods.base import LayerProblem, Solution
 from lrsd.model.slots import dense_linear
 from lrsd.numerics.menu import Choice
 from lrsd.numerics.metric import Metric
-from lrsd.numerics.rounding import round_ecsq, round_groupwise
+from lrsd.numerics.rounding import round_entropy_coded, round_groupwise
 from lrsd.numerics.solver import (
     Decomposition,
     columns_plus_codes,
@@ -46,10 +46,11 @@ PLANS: dict[str, Parameters] = {
     "no entries": {"rank": 4, "columns": 5, "entries": 0},
 }
 CODES: dict[str, Parameters] = {
-    "entropy coded": {"step": 0.02},
-    "entropy coded plus low rank": {"rank": 3, "step": 0.05},
-    "large codes": {"step": 1e-5},
-    "nothing but zeros": {"step": 1e3},
+    "entropy coded": {"step": 0.02, "states": 8},
+    "plain grid": {"step": 0.02, "states": 1},
+    "entropy coded plus low rank": {"rank": 3, "step": 0.05, "states": 8},
+    "large codes": {"step": 1e-5, "states": 8},
+    "nothing but zeros": {"step": 1e3, "states": 8},
     "3 bit": {"bits": 3, "group": 5},
     "8 bit plus columns": {"columns": 3, "bits": 8, "group": 64},
     "2 bit plus both": {"rank": 2, "columns": 2, "bits": 2, "group": 4},
@@ -187,7 +188,7 @@ def rounded(layer: RandomLayer, parameters: Parameters, dtype: torch.dtype) -> S
 def decomposed(layer: RandomLayer, parameters: Parameters) -> Decomposition:
     metric = Metric(layer.gram)
     if "step" in parameters:
-        rounding = partial(round_ecsq, step=parameters["step"])
+        rounding = partial(round_entropy_coded, step=parameters["step"], states=int(parameters["states"]))
     else:
         bits, group = int(parameters["bits"]), int(parameters["group"])
         rounding = partial(round_groupwise, bits=bits, group=group)
@@ -231,7 +232,9 @@ def test_coded_forward_equals_the_dense_product(
 def test_the_kernel_for_few_tokens_computes_what_the_dense_product_does(
     generator: torch.Generator, shape: tuple[int, int], tokens: int
 ) -> None:
-    packed = packed_linear(rounded(random_layer(generator, *shape), {"step": 0.02}, torch.bfloat16))
+    packed = packed_linear(
+        rounded(random_layer(generator, *shape), {"step": 0.02, "states": 8}, torch.bfloat16)
+    )
     x = torch.randn(2, tokens, shape[1], generator=generator).bfloat16()
     expected = x.float() @ packed.dense_weight().T
     scale = float(expected.square().mean().sqrt())
@@ -254,5 +257,5 @@ def test_a_damaged_stream_is_named_not_run(generator: torch.Generator) -> None:
     solution = rounded(random_layer(generator, OUT, IN), CODES["entropy coded"], torch.float32)
     packed = packed_linear(solution)
     packed.codes[0] = 77
-    with pytest.raises(CheckpointError, match=f"entropy part of a {OUT} x {IN} layer.*damaged"):
+    with pytest.raises(CheckpointError, match=f"trellis part of a {OUT} x {IN} layer.*damaged"):
         packed(torch.zeros(1, IN))

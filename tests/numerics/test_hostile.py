@@ -11,7 +11,7 @@ from torch import Tensor
 from lrsd.errors import SolverError
 from lrsd.numerics.lowrank import ridged_cholesky, spectrum, spectrum_errors
 from lrsd.numerics.metric import Metric
-from lrsd.numerics.rounding import DAMPING, hessian_factor, round_ecsq, round_groupwise
+from lrsd.numerics.rounding import DAMPING, hessian_factor, round_entropy_coded, round_groupwise
 from lrsd.numerics.solver import (
     Decomposition,
     columns_plus_codes,
@@ -87,7 +87,7 @@ SOLVERS: dict[str, Callable[[Tensor, Tensor], Decomposition]] = {
     "columns": lambda W, G: decompose(W, G, rank=4, columns=5),
     "rows": lambda W, G: decompose(W, G, rank=4, rows=5),
     "thresholded": lambda W, G: decompose_thresholded(W, G, rank=4, columns=5, entries=40),
-    "entropy coded": lambda W, G: coded(W, G, lambda w, factor: round_ecsq(w, factor, 1e-3), 0),
+    "entropy coded": lambda W, G: coded(W, G, lambda w, factor: round_entropy_coded(w, factor, 1e-3), 0),
     "group-wise": lambda W, G: coded(W, G, lambda w, factor: round_groupwise(w, factor, bits=4, group=8), 4),
 }
 
@@ -130,7 +130,7 @@ def test_damping_is_raised_by_its_steps_and_reported(generator: torch.Generator)
     assert hessian_factor(gram_II).damping == 0.0
     assert hessian_factor(worse_II).damping == pytest.approx(10 * DAMPING)
     ones_OI = torch.ones(OUT, IN, dtype=torch.float64)
-    found = coded(ones_OI, worse_II, lambda w, factor: round_ecsq(w, factor, 1e-3), 0)
+    found = coded(ones_OI, worse_II, lambda w, factor: round_entropy_coded(w, factor, 1e-3), 0)
     assert found.damping == pytest.approx(10 * DAMPING)
     kept = torch.arange(IN // 2, IN)
     assert split_columns(gram_II, kept).damping == ridged_cholesky(gram_II[kept][:, kept], 1e-10)[1]
