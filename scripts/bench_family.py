@@ -8,9 +8,10 @@ not go below 2.3 bits. Example:
   python scripts/bench_family.py --calib wiki.valid.raw --eval wiki.test.raw --plot family.png
 """
 
-from bench import Bench, parser
+from statistics import mean
 
-from lrsd.errors import BudgetError
+from bench import Bench, parser, skipping
+
 from lrsd.recipe import Recipe
 
 
@@ -20,24 +21,23 @@ def main() -> None:
     options.add_argument("--plot", metavar="PNG")
     args = options.parse_args()
     bench = Bench(args)
-    shared = bench.share_observation()
-    for ratio in args.ratios:
-        corners = {
-            "lrsd": Recipe.of(ratio=ratio),
-            "GPTQ": Recipe.of(ratio=ratio, method="gptq"),
-            "GPTQ + outlier columns": Recipe.of(ratio=ratio, method="gptq", structure="column"),
-            "SVD-LLM": Recipe.of(ratio=ratio, method="svd-llm"),
-            "column pruning": Recipe.of(ratio=ratio, method="columns"),
-        }
-        for name, settings in corners.items():
-            try:
-                shared.run(f"{ratio:.4g}x {name}", settings)
-            except BudgetError as error:
-                print(f"{ratio:.4g}x {name}: {error}", flush=True)
-        if ratio > 2:
-            ssd = Recipe.of(ratio=ratio / 2, method="ssd")
-            shared.run(f"{ratio:.4g}x SSD, 8 bit (bound)", ssd, counted=0.5)
-    print(bench.table())
+    for seed in bench.seeds:
+        shared = bench.share_observation(seed)
+        for ratio in args.ratios:
+            corners = {
+                "lrsd": Recipe.of(ratio=ratio),
+                "GPTQ": Recipe.of(ratio=ratio, method="gptq"),
+                "GPTQ + outlier columns": Recipe.of(ratio=ratio, method="gptq", structure="column"),
+                "SVD-LLM": Recipe.of(ratio=ratio, method="svd-llm"),
+                "column pruning": Recipe.of(ratio=ratio, method="columns"),
+            }
+            for name, settings in corners.items():
+                with skipping(f"{ratio:.4g}x {name}"):
+                    shared.run(f"{ratio:.4g}x {name}", settings)
+            if ratio > 2:
+                ssd = Recipe.of(ratio=ratio / 2, method="ssd")
+                shared.run(f"{ratio:.4g}x SSD, 8 bit (bound)", ssd, counted=0.5)
+    bench.report(bench.table())
     if args.plot:
         plot(bench, args.plot)
 
@@ -47,11 +47,12 @@ def plot(bench: Bench, path: str) -> None:
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.subplots()
-    curves: dict[str, list[tuple[float, float]]] = {}
+    curves: dict[str, set[tuple[float, float]]] = {}
     for row in bench.rows:
         if "ratio" in row:
             name = row["name"].partition(" ")[2]
-            curves.setdefault(name, []).append((16 / row["ratio"], row["perplexity"]))
+            point = (16 / row["ratio"], mean(bench.values(row["name"], "perplexity")))
+            curves.setdefault(name, set()).add(point)
     for name, points in curves.items():
         bits, scores = zip(*sorted(points), strict=True)
         axes.plot(bits, scores, "o-", label=name)

@@ -1,11 +1,12 @@
-"""Perplexity at equal bytes: lrsd and the baselines, on a real model.
+"""Perplexity, KL and top-1 agreement at equal bytes: lrsd and the baselines, on a real model.
 
 Example (the README's table):
-  python scripts/bench_quality.py --calib wiki.valid.raw --eval wiki.test.raw
+  python scripts/bench_quality.py --calib wiki.valid.raw --eval wiki.test.raw --seeds 3
+  python scripts/bench_quality.py --calib ... --eval ... --moved --ratios 4 5.33333 8
   python scripts/bench_quality.py --calib ... --eval ... --ratios 1.1 1.25 1.5 2 3 --methods lrsd --bits 16
 """
 
-from bench import Bench, parser
+from bench import Bench, parser, skipping
 
 from lrsd.recipe import Recipe
 
@@ -19,8 +20,10 @@ def main() -> None:
     for ratio in args.ratios:
         for method in args.methods:
             bits = {"bits": args.bits} if method == "lrsd" else {}
-            bench.run(f"{method} {ratio:g}x", Recipe.of(ratio=ratio, method=method, **bits))
-    print(bench.table())
+            name = f"{method} {ratio:.4g}x"
+            with skipping(name):
+                bench.run(name, Recipe.of(ratio=ratio, method=method, **bits))
+    bench.report(bench.table())
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ import time
 import torch
 from bench import Bench, parser
 
-from lrsd.data.sources import read_text
-from lrsd.data.tokens import token_blocks
-from lrsd.model.load import load_model
+from lrsd.data.tokens import calibration_samples
+from lrsd.model.load import fingerprint, load_model
+from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 
 
@@ -23,8 +23,8 @@ def main() -> None:
     args = options.parse_args()
     bench = Bench(args)
     dense = load_model(bench.model, dtype="float32")
-    text = read_text(args.calib, split="train", option="--calib")
-    tokens = token_blocks(dense.tokenizer, text, samples=args.samples, seqlen=args.seqlen, seed=args.seed)
+    drawn = calibration_samples(bench.dense, fingerprint(bench.dense), bench.calibration, Progress())
+    tokens = drawn.inputs["input_ids"]
     with torch.inference_mode():
         dense.model(tokens[:1], use_cache=False)
         start = time.perf_counter()

@@ -55,7 +55,7 @@ from lrsd.model.samples import Samples, try_running
 from lrsd.recipe import GROUPS, Recipe
 from lrsd.report import summary_lines
 from lrsd.steps.fit import FittedBlock
-from lrsd.steps.observe import BlockMoments, ObservedBlock
+from lrsd.steps.observe import BlockStatistics, ObservedBlock
 from lrsd.steps.plan import Plan
 from lrsd.work.journal import Journal
 
@@ -64,7 +64,7 @@ _PATIENCE = 4
 _ADDRESS_SPACE = 6 << 30
 _SETTINGS = {"method", *method_fields(), *(field.name for kind in GROUPS.values() for field in fields(kind))}
 _RECORDS = {
-    "text": Samples, "observe": ObservedBlock, "moments": BlockMoments, "plan": Plan, "fit": FittedBlock,
+    "text": Samples, "observe": ObservedBlock, "moments": BlockStatistics, "plan": Plan, "fit": FittedBlock,
 }  # fmt: skip
 
 
