@@ -224,7 +224,7 @@ def test_family(base_of, text_file: Path, tmp_path: Path, name: str, mode: str, 
     # At 16 bit the last bytes are a rank in a layer or two. A layer that is exact at a lower rank on this
     # text (Whisper's: fewer tokens than inputs) has the 16-bit rounding of its factors, some 1e-5; codes have
     # less.
-    assert sorted(errors)[-3 if mode == "16 bit" else -1] <= (1e-4 if mode == "16 bit" else 1e-5)
+    assert sorted(errors)[-3 if mode == "16 bit" else -1] <= (1e-4 if mode == "16 bit" else 2e-5)
     assert max(errors) <= 1e-2
     text = calibration.calib if family.head is Speech else str(text_file)
     result = evaluate(str(whole), (text,), seqlen=32, windows=2, dense=str(base))

@@ -3,15 +3,17 @@
 import json
 import shutil
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from deflate import entropy_encode
 from golden import check_golden, digest
 from recipes import on
 from safetensors.torch import load_file, save_file
+from stream_decoder import decoded_stream
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, PreTrainedModel, pipeline
 
@@ -137,6 +139,9 @@ def assert_close_in_bfloat16(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).square().mean().sqrt()) <= 0.03 * float(expected.std())
 
 
+CODED = ("trellis", "entropy", "groupwise")
+
+
 def reconstruct(tensors: dict[str, Tensor], entry: dict[str, Any], shape: tuple[int, int]) -> Tensor:
     """L + S in float64 from the stored tensors, as the format is documented; no code of the package."""
     out_features, in_features = shape
@@ -164,9 +169,9 @@ def reconstruct(tensors: dict[str, Tensor], entry: dict[str, Any], shape: tuple[
         S[bits[: len(S)].bool()] = stored["entries"]
         W[:, kept] += S.view(out_features, len(kept))
     if "codes" in stored:
-        coded = next(t for t in entry["terms"] if t["form"] in ("entropy", "groupwise"))
+        coded = next(t for t in entry["terms"] if t["form"] in CODED)
         W[:, free_columns] += integers(tensors, coded, out_features, len(free_columns))
-    assert {term["form"] for term in entry["terms"]} <= {"low_rank", "masked", "entropy", "groupwise"}
+    assert {term["form"] for term in entry["terms"]} <= {"low_rank", "masked", *CODED}
     return W
 
 
@@ -180,9 +185,25 @@ def integers(tensors: dict[str, Tensor], entry: dict[str, Any], rows: int, colum
         zeros = unpacked(bytes(tensors["zeros"].tolist()), bits, scales.numel()).view_as(scales)
         owner = torch.arange(columns) // group
         return (codes - zeros[:, owner]) * scales[:, owner]
+    steps = tensors["steps"].tolist()
+    scales_I = torch.tensor([2.0 ** ((entry.get("exponent", 0) + step) / 8) for step in steps]).double()
+    if entry["form"] == "trellis":
+        row_steps = tensors["row_steps"].tolist() if entry.get("scaled") else [0] * rows
+        hints = [[(255 - step) // 2 for step in of] for of in (row_steps, steps)]
+        codes_IO = torch.tensor(decoded_stream(data, entry.get("states", 8), *hints)).double()
+        scales_O = torch.tensor([2.0 ** (step / 8) for step in row_steps]).double()
+        return codes_IO.view(columns, rows).T * scales_I * scales_O[:, None]
+    order = sorted(range(columns), key=lambda j: (steps[j], j))
+    W = torch.zeros(rows, columns, dtype=torch.float64)
+    W[:, order] = torch.tensor(inflated(data, rows * columns)).double().view(columns, rows).T
+    return W * scales_I
+
+
+def inflated(data: bytes, count: int) -> list[int]:
+    """The stream of the form "entropy"."""
     together, split, length = data[0], data[1], int.from_bytes(data[2:6], "little")
     levels = {1: 256, 2: 15, 3: 6, 4: 4}[together]
-    count, data = rows * columns, data[6:]
+    data = data[6:]
     low, data = unpacked(data, split, count), data[-(-count * split // 8) :]
     digits = [s // levels**i % levels for s in zlib.decompress(data[:length], -15) for i in range(together)]
     escapes = data[length:]
@@ -194,12 +215,7 @@ def integers(tensors: dict[str, Tensor], entry: dict[str, Any], rows: int, colum
         high[i] += (1 << exponent) - 1 + (raw & ((1 << exponent) - 1))
         raw >>= exponent
     zigzag = [(h << split) + int(bits) for h, bits in zip(high, low.tolist(), strict=True)]
-    codes = torch.tensor([-(u + 1) // 2 if u % 2 else u // 2 for u in zigzag], dtype=torch.float64)
-    steps = tensors["steps"].tolist()
-    order = sorted(range(columns), key=lambda j: (steps[j], j))
-    W = torch.zeros(rows, columns, dtype=torch.float64)
-    W[:, order] = codes.view(columns, rows).T
-    return W * torch.tensor([2.0 ** ((entry.get("exponent", 0) + step) / 8) for step in steps])
+    return [-(u + 1) // 2 if u % 2 else u // 2 for u in zigzag]
 
 
 def unpacked(data: bytes, bits: int, count: int) -> Tensor:
@@ -373,23 +389,28 @@ def test_dequantized_model_is_plain_and_computes_the_same(compressed: Compressed
 def test_a_checkpoint_of_format_version_1_loads_and_computes_the_same(
     compressed: Compressed, tokens: Tensor, tmp_path: Path
 ) -> None:
-    """Its tensors were the same; its entries were flat."""
-    older = tmp_path / "older"
-    shutil.copytree(compressed.directory, older)
-    config = json.loads((older / "config.json").read_text())
+    """Its tensors were the same, but for codes on a plain grid; its entries were flat."""
+    newer, older = tmp_path / "newer", tmp_path / "older"
+    shutil.copytree(compressed.directory, newer)
+    config = json.loads((newer / "config.json").read_text())
     packing = config["quantization_config"]
+    store_without_trellis(newer, packing["layers"], compressed.manifest)
+    (newer / "config.json").write_text(json.dumps(config))
+    shutil.copytree(newer, older)
     packing |= {
         "format_version": 1,
         "layers": {name: version_1_entry(entry) for name, entry in packing["layers"].items()},
     }
     (older / "config.json").write_text(json.dumps(config))
+    expected = logits(rebuilt(replace(compressed, directory=newer), torch.float32), tokens)
+    model = AutoModelForCausalLM.from_pretrained(older, dtype=torch.float32).eval()
+    torch.testing.assert_close(logits(model, tokens), expected, rtol=0, atol=1e-4 * float(expected.std()))
     model = AutoModelForCausalLM.from_pretrained(older).eval()
-    assert torch.equal(logits(model, tokens), logits(compressed.load(), tokens))
+    same = AutoModelForCausalLM.from_pretrained(newer).eval()
+    assert torch.equal(logits(model, tokens), logits(same, tokens))
     packed = {n for n, m in model.named_modules() if isinstance(m, PackedLinear)}
     assert packed == set(compressed.packed_names)
-    for before, after in zip(
-        StoredModel(older).layers(), StoredModel(compressed.directory).layers(), strict=True
-    ):
+    for before, after in zip(StoredModel(older).layers(), StoredModel(newer).layers(), strict=True):
         assert (before.name, before.packed is None) == (after.name, after.packed is None)
         assert all(torch.equal(tensor, after.dense()[name]) for name, tensor in before.dense().items())
     model.save_pretrained(tmp_path / "again")
@@ -398,6 +419,26 @@ def test_a_checkpoint_of_format_version_1_loads_and_computes_the_same(
     )
     weights, rewritten = (load_file(d / "model.safetensors") for d in (older, tmp_path / "again"))
     assert all(torch.equal(tensor, rewritten[name]) for name, tensor in weights.items())
+
+
+def store_without_trellis(directory: Path, entries: dict[str, Any], manifest: Manifest) -> None:
+    """Put the codes of trellis terms into streams of the form "entropy", whose rows have no steps."""
+    tensors = load_file(directory / "model.safetensors")
+    for name, entry in entries.items():
+        for term in (term for term in entry["terms"] if term["form"] == "trellis"):
+            steps = tensors[f"{name}.steps"].tolist()
+            alike = torch.zeros(manifest.layers[name].out_features, dtype=torch.uint8)
+            row_steps = tensors.pop(f"{name}.row_steps", alike).tolist()
+            hints = [[(255 - step) // 2 for step in of] for of in (row_steps, steps)]
+            data = bytes(tensors[f"{name}.codes"].tolist())
+            columns = decoded_stream(data, term.get("states", 8), *hints)
+            order = sorted(range(len(steps)), key=lambda j: (steps[j], j))
+            stream = entropy_encode(torch.tensor([columns[j] for j in order]))
+            tensors[f"{name}.codes"] = stream
+            exponent = term.get("exponent", 0)
+            term.clear()
+            term |= {"form": "entropy", "stream": stream.numel(), "exponent": exponent}
+    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
 
 
 def version_1_entry(entry: dict[str, Any]) -> dict[str, Any]:
