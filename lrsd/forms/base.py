@@ -17,6 +17,8 @@ from lrsd.numerics.lowrank import complement
 
 # Bytes of a value in the model's own 16-bit type.
 VALUE_BYTES = 2
+# Of entropy-coded integers, in eighths of an octave: float32 ends at 2^127.
+_LARGEST_EXPONENT = 8 * 127
 # Largest number in an entry of config.json: more would be no layer of any model.
 _LARGEST = 2**40
 
@@ -101,6 +103,14 @@ class Form:
 def index_type(size: int) -> torch.dtype:
     """Of an index into `size` channels: int16 where it fits."""
     return torch.int16 if size <= torch.iinfo(torch.int16).max + 1 else torch.int32
+
+
+def check_coded(stream: Any, exponent: int) -> None:
+    """stream: bytes of entropy-coded integers, or an array of offers. Raises: ValueError if impossible."""
+    if isinstance(stream, int) and stream < 0:
+        raise ValueError(f"a stream of {stream} bytes")
+    if abs(exponent) > _LARGEST_EXPONENT:
+        raise ValueError(f"no usable exponent: {exponent}")
 
 
 def check_numbers(kind: type, entry: Mapping[str, Any]) -> None:

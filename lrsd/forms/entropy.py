@@ -9,13 +9,10 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors
+from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors, check_coded
 from lrsd.forms.kernels import integer_product, narrowest
 from lrsd.numerics.coding import entropy_decode
 from lrsd.numerics.rounding import column_steps
-
-# Eighths of an octave: float32 ends at 2^127.
-_LARGEST_EXPONENT = 8 * 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,10 +31,7 @@ class Entropy(Form):
     decodes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stream, int) and self.stream < 0:
-            raise ValueError(f"a stream of {self.stream} bytes")
-        if abs(self.exponent) > _LARGEST_EXPONENT:
-            raise ValueError(f"no usable exponent: {self.exponent}")
+        check_coded(self.stream, self.exponent)
 
     def tensors(self, shape: Shape) -> Specs:
         return {

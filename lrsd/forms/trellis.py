@@ -7,14 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors
+from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors, check_coded
 from lrsd.forms.kernels import integer_product, narrowest
 from lrsd.numerics.ans import ans_decode, ans_encode
 from lrsd.numerics.rounding import EntropyCodes, column_steps
 from lrsd.numerics.trellis import STATES
-
-# Eighths of an octave: float32 ends at 2^127.
-_LARGEST_EXPONENT = 8 * 127
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +35,7 @@ class Trellis(Form):
     decodes: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if isinstance(self.stream, int) and self.stream < 0:
-            raise ValueError(f"a stream of {self.stream} bytes")
-        if abs(self.exponent) > _LARGEST_EXPONENT:
-            raise ValueError(f"no usable exponent: {self.exponent}")
+        check_coded(self.stream, self.exponent)
         if self.states not in STATES:
             raise ValueError(f"no trellis of {self.states} states, only {' or '.join(map(str, STATES))}")
 

@@ -62,6 +62,15 @@ def moved(replay: Replay, module: nn.Module, hidden: Tensor, token: int, channel
         handle.remove()
 
 
+def test_a_token_counts_relative_to_its_norm() -> None:
+    """The first token's state is hundreds of times the others', and what follows normalizes both."""
+    output = torch.randn(2, 300, 64) * torch.tensor([1e-3, 1.0, 1e3]).repeat(100)[:, None]
+    z = _probe(output, 3, 1) * output.norm(dim=-1, keepdim=True)
+    assert float(z.mean()) == pytest.approx(0, abs=0.02)
+    for scale in range(3):
+        assert float(z[:, scale::3].std()) == pytest.approx(1, rel=0.02)
+
+
 @torch.no_grad()
 def test_nothing_is_left_behind(replay: Replay) -> None:
     hidden = replay.inputs[0][0]

@@ -90,6 +90,7 @@ def test_a_solution_minimizes_the_weighted_error(options: dict[str, str], genera
         lost[weighted] = float(weights_O @ errors_O) / float(weights_O @ energies_O)
         if weighted:
             assert solution.error == pytest.approx(lost[True], rel=0.01)
+            assert solution.error < 1.1 * choice.error  # as offered
             probe = method.probe(problem, menu)
             difference_OI = W_OI - probe.W_OI.double()
             errors_O = ((difference_OI @ metric.gram) * difference_OI).sum(1)
