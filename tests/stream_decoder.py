@@ -23,7 +23,7 @@ def decoded_stream(data: bytes, states: int, row_hints: Integers, column_hints: 
     side = Side(data[begin : begin + length])
     column_classes = side.classes(1, column_hints)
     row_classes = side.classes(2, row_hints)
-    starts, tables = read_tables(side, 2 if states == 8 else 1)
+    starts, tables = read_tables(side, 2 if states > 1 else 1)
     raw = data[begin + length :]
     words = [number(raw[i : i + 2]) for i in range(0, len(raw), 2)]
     order = sorted(range(columns), key=lambda j: column_classes[j])
@@ -158,7 +158,7 @@ def decode_chunk(
         for row_class in row_classes:
             for lane, column in enumerate(columns[first : first + 4]):
                 group = bisect_right(starts, min(max(row_class + column_classes[column], -48), 127))
-                grid = paths[lane] // 2 % 2 if len(tables[0]) > 1 else 0
+                grid = (paths[lane] >> 1 ^ paths[lane] >> 3) & 1 if len(tables[0]) > 1 else 0
                 table = tables[max(group - 1, 0)][grid]
                 x = lanes[lane]
                 place = bisect_right(table.firsts, x % 4096) - 1
@@ -175,7 +175,7 @@ def decode_chunk(
                 if len(tables[0]) > 1:
                     sign = (k > 0) - (k < 0)
                     found[column].append(2 * k - grid * sign)
-                    paths[lane] = (2 * paths[lane] | (k ^ paths[lane] ^ paths[lane] >> 2) & 1) & 7
+                    paths[lane] = (2 * paths[lane] | (k ^ paths[lane] ^ paths[lane] >> 5) & 1) & 63
                 else:
                     found[column].append(k)
     assert all(lane == 2**16 for lane in lanes)

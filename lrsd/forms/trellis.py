@@ -29,7 +29,7 @@ class Trellis(Form):
 
     stream: int
     exponent: int = 0
-    states: int = 8
+    states: int = 64
     scaled: bool = False
     name: ClassVar[str] = "trellis"
     decodes: ClassVar[bool] = True

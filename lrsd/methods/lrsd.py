@@ -64,7 +64,7 @@ class Lrsd(Method):
     )
     grid: Literal["trellis", "plain"] = option(
         "trellis",
-        "What entropy-coded columns are rounded to: paths through a trellis of 8 states (dependent "
+        "What entropy-coded columns are rounded to: paths through a trellis of 64 states (dependent "
         "quantization), or a plain grid.",
     )
     row_weights: bool = option(
@@ -114,7 +114,7 @@ class Lrsd(Method):
     @property
     def states(self) -> int:
         """Of the trellis."""
-        return 8 if self.grid == "trellis" else 1
+        return 64 if self.grid == "trellis" else 1
 
     @property
     def weighs_rows(self) -> bool:  # type: ignore[override]  # a setting here

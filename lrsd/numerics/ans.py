@@ -5,7 +5,7 @@ time over one stream of words (Giesen 2014, arXiv 1402.3392). Numbers with about
 share a table. Format and decoder use integers only, so all machines read and write the same bytes.
 
 A stream, little endian:
-  4 bytes      the format's number (1), states (1 or 8), log2 of the bytes per decoded value (0 to 2), zero
+  4 bytes      the format's number (1), states (1 or 64), log2 of the bytes per decoded value (0 to 2), zero
   4 bytes      length of the side information
   4 bytes      CRC-32 (RFC 1952) of the 8 bytes above, the numbers of columns and of rows (8 bytes each) and
                all the bytes below: any change of up to 32 bits in a row is noticed, and another shape is too
@@ -55,6 +55,7 @@ from lrsd.numerics.ans_tables import (
     encode_slots,
 )
 from lrsd.numerics.compiled import in_threads
+from lrsd.numerics.trellis import STATES
 
 _VERSION = 1
 _HEADER = struct.Struct("<BBBBI")
@@ -81,16 +82,16 @@ class _Model(NamedTuple):
 def ans_encode(values_IO: Tensor, states: int, row_hints_O: Tensor, column_hints_I: Tensor) -> Tensor:
     """Integers as bytes, near the least -sum log2 p(k | context, class of the row + class of the column).
 
-    Args: values_IO (I, O), I columns of O rows; `states` 1: k is the value itself; 8: trellis-coded, the
-        state s of each column beginning at 0: v = 2k on grid c = (s >> 1) & 1 = 0, v = 2k - sign(k) on grid
-        1, and s' = (2s | (parity of k ^ s ^ (s >> 2)) & 1) & 7. c is the context. Hints (O,) and (I,) int64
-        guess 4 log2 of the deviations up to a constant; the stream corrects them.
+    Args: values_IO (I, O), I columns of O rows; `states` 1: k is the value itself; 64: trellis-coded,
+        the state s of each column beginning at 0: v = 2k on grid c = (s >> 1 ^ s >> 3) & 1 = 0,
+        v = 2k - sign(k) on grid 1, and s' = (2s | (k ^ s ^ s >> 5) & 1) & 63. c is the context. Hints (O,)
+        and (I,) int64 guess 4 log2 of the deviations up to a constant; the stream corrects them.
     Returns: uint8 (n,), on the device of the values. The same for any number of threads.
     Raises: ValueError for values of 2^30 and more, or off the grid of their state.
-    Source: Duda 2013, section 2.3; the trellis is that of VVC (ITU-T H.266, section 8.7.3).
+    Source: Duda 2013, section 2.3; the trellis: see `numerics.trellis`.
     """
     values, rows, columns, largest = _inputs(values_IO, states, row_hints_O, column_hints_I)
-    trellis = states == 8
+    trellis = states > 1
     row, column = choose_classes(values, trellis)
     side = SideCoder(NUM_MODELS)
     column = code_classes(side, COLUMN, columns, column)
@@ -155,7 +156,7 @@ def ans_decode(stream: Tensor, states: int, row_hints_O: Tensor, column_hints_I:
     if words_begin + 2 * int(lengths.sum()) != data.size:
         raise _damage(f"{data.size} bytes, expected {words_begin + 2 * int(lengths.sum())}")
     side = SideCoder(NUM_MODELS, data[side_begin:words_begin])
-    trellis = states == 8
+    trellis = states > 1
     column = code_classes(side, COLUMN, columns, np.zeros_like(columns))
     row = code_classes(side, ROW, rows, np.zeros_like(rows))
     group_of, tables = code_tables(side, 1 + trellis, [], None)
@@ -198,8 +199,8 @@ def _damage(what: str) -> ValueError:
 def _inputs(
     values_IO: Tensor, states: int, row_hints_O: Tensor, column_hints_I: Tensor
 ) -> tuple[NDArray, NDArray[np.int64], NDArray[np.int64], int]:
-    if states not in (1, 8):
-        raise ValueError(f"states must be 1 or 8, got {states}")
+    if states not in STATES:
+        raise ValueError(f"states must be 1 or 64, got {states}")
     if values_IO.shape != (column_hints_I.numel(), row_hints_O.numel()):
         got = (column_hints_I.numel(), row_hints_O.numel())
         raise ValueError(f"hints must be for {tuple(values_IO.shape)} columns and rows, got {got}")

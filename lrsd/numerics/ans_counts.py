@@ -114,6 +114,16 @@ def _count(values, trellis, row_O, column_I, class_of, shift_of_class, counts): 
 
 
 @compiled
+def grid_of(state):  # type: ignore[no-untyped-def]
+    return (state >> 1 ^ state >> 3) & 1
+
+
+@compiled
+def next_state(state, k):  # type: ignore[no-untyped-def]
+    return (state << 1 | (k ^ state ^ state >> 5) & 1) & 63
+
+
+@compiled
 def scan(column, trellis, k, grid):  # type: ignore[no-untyped-def]
     """k and grid of each value of a column. False if one is off the grid of its state."""
     if not trellis:
@@ -125,14 +135,14 @@ def scan(column, trellis, k, grid):  # type: ignore[no-untyped-def]
     off = np.int64(0)
     for i in range(column.size):
         value = np.int64(column[i])
-        c = state >> 1 & 1
+        c = grid_of(state)
         sign = np.int64(value > 0) - np.int64(value < 0)
         twice = value + c * sign
         off |= twice & 1
         found = twice >> 1
         k[i] = found
         grid[i] = c
-        state = (state << 1 | (found ^ state ^ state >> 2) & 1) & 7
+        state = next_state(state, found)
     return off == 0
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from lrsd.numerics.ans_counts import fold, scan
+from lrsd.numerics.ans_counts import fold, grid_of, next_state, scan
 from lrsd.numerics.ans_tables import ESCAPE, PRECISION, TOTAL
 from lrsd.numerics.compiled import compiled
 
@@ -124,7 +124,7 @@ def _advance(state, slot, word):  # type: ignore[no-untyped-def]
 def _value(k, path, trellis):  # type: ignore[no-untyped-def]
     """v of k, and the trellis state behind it. Without a trellis its state stays 0 and v is k."""
     sign = np.int64(k > 0) - np.int64(k < 0)
-    return (k << trellis) - (path >> 1 & 1) * sign, (path << 1 | (k ^ path ^ path >> 2) & 1) & (7 * trellis)
+    return (k << trellis) - grid_of(path) * sign, next_state(path, k) * trellis
 
 
 @compiled
@@ -133,7 +133,7 @@ def _decode_row(out, i, trellis, group, columns, row, magnitudes, slots, words, 
     for lane in range(columns.size):
         entry = group[columns[lane] + row]
         shift = entry >> 32
-        table = (entry & 0xFFFFFFFF) + (paths[lane] >> 1 & 1)
+        table = (entry & 0xFFFFFFFF) + grid_of(paths[lane])
         slot = np.int64(slots[table << PRECISION | states[lane] & (TOTAL - 1)])
         k = ((slot & 255) ^ 128) - 128
         state, taken = _advance(states[lane], slot, np.int64(words[place]))
@@ -178,10 +178,10 @@ def _decode_turn(out, trellis, group, columns, row_O, magnitudes, slots, words, 
             group[np.uint64(c2 + row)],
             group[np.uint64(c3 + row)],
         )
-        q0 = np.int64(slots[np.uint64((e0 + (s0 >> 1 & 1) & 0xFFFF) << PRECISION | x0 & (TOTAL - 1))])
-        q1 = np.int64(slots[np.uint64((e1 + (s1 >> 1 & 1) & 0xFFFF) << PRECISION | x1 & (TOTAL - 1))])
-        q2 = np.int64(slots[np.uint64((e2 + (s2 >> 1 & 1) & 0xFFFF) << PRECISION | x2 & (TOTAL - 1))])
-        q3 = np.int64(slots[np.uint64((e3 + (s3 >> 1 & 1) & 0xFFFF) << PRECISION | x3 & (TOTAL - 1))])
+        q0 = np.int64(slots[np.uint64((e0 + grid_of(s0) & 0xFFFF) << PRECISION | x0 & (TOTAL - 1))])
+        q1 = np.int64(slots[np.uint64((e1 + grid_of(s1) & 0xFFFF) << PRECISION | x1 & (TOTAL - 1))])
+        q2 = np.int64(slots[np.uint64((e2 + grid_of(s2) & 0xFFFF) << PRECISION | x2 & (TOTAL - 1))])
+        q3 = np.int64(slots[np.uint64((e3 + grid_of(s3) & 0xFFFF) << PRECISION | x3 & (TOTAL - 1))])
         k0, k1, k2, k3 = (
             np.int64(np.int8(q0)),
             np.int64(np.int8(q1)),

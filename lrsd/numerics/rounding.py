@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lrsd.errors import SolverError
-from lrsd.numerics.trellis import DEVIATIONS_LOG2, deviation_classes, measured, round_block
+from lrsd.numerics.trellis import DEVIATIONS_LOG2, STATES, code, deviation_classes, measured, round_block
 
 # Ridge on G in units of its diagonal: of the mean, the GPTQ default, or of every channel's own.
 DAMPING = 0.01
@@ -131,7 +131,9 @@ def column_steps(offsets_I: Tensor, exponent: int) -> Tensor:
     return torch.ldexp(fractions[eighths - whole * STEPS_PER_OCTAVE], whole)
 
 
-def round_entropy_coded(W_OI: Tensor, factor: HessianFactor, step: float, states: int = 8) -> EntropyCodes:
+def round_entropy_coded(
+    W_OI: Tensor, factor: HessianFactor, step: float, states: int = STATES[-1]
+) -> EntropyCodes:
     """Codes of least entropy for a given output error, each column with the step its inputs ask for.
 
     Column j is rounded to multiples of about step * U_jj, so that every column adds the same error to
@@ -177,13 +179,16 @@ def _round_paths(
     upper_II = factor.upper_II.cpu()
     steps_I, shrunk_I = (t.float().cpu()[order_I].numpy() for t in (rounding_I, stored_I))
     classes_I = deviation_classes((deviations_I / rounding_I).cpu()[order_I])
-    bits_QCK = measured().bits_QCK
+    bits_QCK = (
+        measured(states).bits_QCK if states > 1 else np.zeros((len(DEVIATIONS_LOG2) + 1, 2, 1), np.float32)
+    )
     for start in range(0, factor.width, _BLOCK):
         here = slice(start, min(start + _BLOCK, factor.width))
         errors_BO = torch.empty_like(ordered_IO[here])
         round_block(
             ordered_IO[here].numpy(), upper_II[here, here].contiguous().numpy(), steps_I[here],
-            shrunk_I[here], classes_I[here], bits_QCK, states, codes_IO[here].numpy(), errors_BO.numpy(),
+            shrunk_I[here], classes_I[here], bits_QCK, *code(states), codes_IO[here].numpy(),
+            errors_BO.numpy(),
         )  # fmt: skip
         ordered_IO[here.stop :] -= upper_II[here, here.stop :].T @ errors_BO
     return codes_IO[order_I.argsort()].T.contiguous().to(W_OI.device)
@@ -220,7 +225,7 @@ _TABLE_LOW, _TABLE_HIGH, _TABLE_DENSITY = -4, 13, 16
 def gaussian_table(device: str = "cpu", states: int = 1) -> GaussianTable:
     """On a plain grid in closed form; of a trellis as `measured`."""
     if states > 1:
-        return _trellis_table(device)
+        return _trellis_table(device, states)
     rows = []
     for index in range((_TABLE_HIGH - _TABLE_LOW) * _TABLE_DENSITY + 1):
         x = 2.0 ** (_TABLE_LOW + index / _TABLE_DENSITY)
@@ -240,10 +245,10 @@ def gaussian_table(device: str = "cpu", states: int = 1) -> GaussianTable:
     return GaussianTable(table[:, 0], table[:, 1], table[:, 2])
 
 
-def _trellis_table(device: str) -> GaussianTable:
+def _trellis_table(device: str, states: int) -> GaussianTable:
     """Interpolated between the measured deviations. Below them every code is zero; above them a bit is an
     octave and the error stays."""
-    found = measured()
+    found = measured(states)
     known = DEVIATIONS_LOG2
     wanted = _TABLE_LOW + np.arange((_TABLE_HIGH - _TABLE_LOW) * _TABLE_DENSITY + 1) / _TABLE_DENSITY
     beyond, below = (wanted - known[-1]).clip(min=0), wanted < known[0]

@@ -1,13 +1,14 @@
 """Dependent quantization: a column of a weight as a path through a trellis of two interleaved integer grids.
 
-In state s of 8 the grid is c = s // 2 mod 2: the even integers 2k on grid 0; the odd ones and zero,
-2k - sgn k, on grid 1. The parity of k leads to the next state. A path is chosen as a whole (Viterbi 1967), so
-that its points pack space more densely than the integers: at equal entropy the error of a Gaussian column
-falls by what 0.13 to 0.17 bit are worth. Decoding is integer arithmetic.
+A state is the last six bits of a path. In state s the grid is c = (s >> 1 ^ s >> 3) & 1: the even integers 2k
+on grid 0; the odd ones and zero, 2k - sgn k, on grid 1. The next bit is the parity of k ^ s ^ s >> 5. A path
+is chosen as a whole (Viterbi 1967), so that its points pack space more densely than the integers: at equal
+entropy the error of a Gaussian column falls by what 0.19 bit are worth. Decoding is integer arithmetic.
 
-Source: Marcellin & Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources", 1990; the 8
-states as in VVC (ITU-T H.266, section 8.7.3; Schwarz et al., "Quantization and entropy coding in the
-Versatile Video Coding standard", 2021).
+Source: Marcellin & Fischer, "Trellis coded quantization of memoryless and Gauss-Markov sources", 1990; the
+code of 64 states is Ungerboeck's of parity checks 103 and 24, octal ("Channel coding with
+multilevel/phase signals", 1982); the grids are those of the 8 states of VVC (ITU-T H.266, section 8.7.3;
+Schwarz et al., "Quantization and entropy coding in the Versatile Video Coding standard", 2021).
 """
 
 import math
@@ -20,8 +21,12 @@ from torch import Tensor
 
 from lrsd.numerics.compiled import compiled
 
-# Numbers of states: of a plain grid, and of the trellis.
-STATES = (1, 8)
+# Numbers of states: of a plain grid, and of the trellis. Of 8, 16, 32 and 64 each doubling is worth 0.01 bit,
+# see `scripts/bench_trellis.py`; 64 fill the registers of an ordinary processor.
+STATES = (1, 64)
+# Parity checks of codes by their number of states, the latest bit lowest: what k's parity and the grid are
+# made of.
+CHECKS = {1: (0, 0), 8: (0o5, 0o2), 16: (0o11, 0o2), 32: (0o22, 0o4), 64: (0o41, 0o12)}
 # Magnitudes |k| whose bits are tabulated; longer codes are taken to cost as much as the last of them.
 _TABULATED = 256
 # Squared grid steps that a bit may cost. On a Gaussian source 0.6 is 0.01 bit better at 2 to 4 bits; but
@@ -57,66 +62,67 @@ def _costs(u, bits_CK):  # type: ignore[no-untyped-def]
 
 
 @compiled
-def _encode(w_O, scale, bits_CK, taken_O, tried_O4, values_O):  # type: ignore[no-untyped-def]
+def _encode(w_O, scale, bits_CK, parity_S, grid_S, taken_OS, tried_O4, values_O):  # type: ignore[no-untyped-def]
     """The cheapest path for one column in units of 1 / scale; values in grid steps.
 
-    taken, tried: memory for the decisions, a bit for each state, and for the candidates.
+    taken, tried: memory for the decisions, by state, and for the candidates.
     """
-    far = np.float32(1e30)
-    j0 = np.float32(0)
-    j1 = j2 = j3 = j4 = j5 = j6 = j7 = far
+    states = parity_S.size
+    half = states // 2
+    costs_S, sums_S = np.full(states, 1e30, np.float32), np.empty(states, np.float32)
+    costs_S[0] = 0
+    straight, crossed = np.empty(half, np.float32), np.empty(half, np.float32)
     for t in range(w_O.size):
         c00, c01, c10, c11, k00, k01, k10, k11 = _costs(abs(w_O[t] * scale), bits_CK)
         tried_O4[t, 0], tried_O4[t, 1], tried_O4[t, 2], tried_O4[t, 3] = k00, k01, k10, k11
-        # Into state n lead states n // 2 and n // 2 + 4, one with an even and one with an odd k.
-        a0, b0 = j0 + c00, j4 + c01
-        a1, b1 = j0 + c01, j4 + c00
-        a2, b2 = j1 + c01, j5 + c00
-        a3, b3 = j1 + c00, j5 + c01
-        a4, b4 = j2 + c10, j6 + c11
-        a5, b5 = j2 + c11, j6 + c10
-        a6, b6 = j3 + c11, j7 + c10
-        a7, b7 = j3 + c10, j7 + c11
-        taken_O[t] = (
-            (b0 < a0) | (b1 < a1) << 1 | (b2 < a2) << 2 | (b3 < a3) << 3
-            | (b4 < a4) << 4 | (b5 < a5) << 5 | (b6 < a6) << 6 | (b7 < a7) << 7
-        )  # fmt: skip
-        j0, j1, j2, j3 = min(a0, b0), min(a1, b1), min(a2, b2), min(a3, b3)
-        j4, j5, j6, j7 = min(a4, b4), min(a5, b5), min(a6, b6), min(a7, b7)
-        least = min(min(min(j0, j1), min(j2, j3)), min(min(j4, j5), min(j6, j7)))
-        j0, j1, j2, j3 = j0 - least, j1 - least, j2 - least, j3 - least
-        j4, j5, j6, j7 = j4 - least, j5 - least, j6 - least, j7 - least
+        # States m and m + half share a grid and have opposite parities; both lead to 2m and 2m + 1.
+        for m in range(half):
+            even, odd = (c10, c11) if grid_S[m] else (c00, c01)
+            straight[m], crossed[m] = (odd, even) if parity_S[m] else (even, odd)
+        taken_S = taken_OS[t]
+        for m in range(half):
+            a0, b0 = costs_S[m] + straight[m], costs_S[m + half] + crossed[m]
+            a1, b1 = costs_S[m] + crossed[m], costs_S[m + half] + straight[m]
+            taken_S[m], taken_S[m + half] = b0 < a0, b1 < a1
+            sums_S[2 * m], sums_S[2 * m + 1] = min(a0, b0), min(a1, b1)
+        least = sums_S[0]
+        for n in range(states):
+            least = min(least, sums_S[n])
+        for n in range(states):
+            costs_S[n] = sums_S[n] - least
     state = 0
-    ends = (j0, j1, j2, j3, j4, j5, j6, j7)
-    for n in range(1, 8):
-        if ends[n] < ends[state]:
+    for n in range(1, states):
+        if costs_S[n] < costs_S[state]:
             state = n
     for t in range(w_O.size - 1, -1, -1):
-        before = (state >> 1) + 4 * ((taken_O[t] >> state) & 1)
-        odd = (state & 1) ^ ((before ^ (before >> 2)) & 1)
-        grid = (before >> 1) & 1
-        k = tried_O4[t, 2 * grid + odd]
+        m, step = state >> 1, state & 1
+        before = m + half * taken_OS[t, m + half * step]
+        grid = grid_S[before]
+        k = tried_O4[t, 2 * grid + (step ^ parity_S[before])]
         value = 2 * k - (1 if grid and k > 0 else 0)
         values_O[t] = value if w_O[t] >= 0 else -value
         state = before
 
 
 @compiled
-def round_block(w_BO, upper_BB, steps_B, shrunk_B, classes_B, bits_QCK, states, values_BO, errors_BO):  # type: ignore[no-untyped-def]
+def round_block(  # type: ignore[no-untyped-def]
+    w_BO, upper_BB, steps_B, shrunk_B, classes_B, bits_QCK, parity_S, grid_S, values_BO, errors_BO
+):
     """Round the columns of a block one after the other, each column's error moving those after it.
 
     w_BO is changed: what is left of it is what each column was when it was rounded.
     """
     columns, rows = w_BO.shape
-    taken_O, tried_O4 = np.empty(rows, np.uint8), np.empty((rows, 4), np.int32)
+    taken_OS, tried_O4 = np.empty((rows, parity_S.size), np.uint8), np.empty((rows, 4), np.int32)
     for i in range(columns):
-        if states == 1:
+        if parity_S.size == 1:
             for t in range(rows):
                 values_BO[i, t] = np.int32(np.rint(w_BO[i, t] / steps_B[i]))
         else:
             _encode(
-                w_BO[i], np.float32(1) / steps_B[i], bits_QCK[classes_B[i]], taken_O, tried_O4, values_BO[i]
-            )
+                w_BO[i], np.float32(1) / steps_B[i], bits_QCK[classes_B[i]], parity_S, grid_S, taken_OS,
+                tried_O4, values_BO[i],
+            )  # fmt: skip
         for t in range(rows):
             errors_BO[i, t] = (w_BO[i, t] - np.float32(values_BO[i, t]) * shrunk_B[i]) / upper_BB[i, i]
         for other in range(i + 1, columns):
@@ -126,19 +132,19 @@ def round_block(w_BO, upper_BB, steps_B, shrunk_B, classes_B, bits_QCK, states, 
 
 
 @compiled
-def grids(values_IO, states):  # type: ignore[no-untyped-def]
+def grids(values_IO, parity_S, grid_S):  # type: ignore[no-untyped-def]
     """The grid, 0 or 1, and the k of every value of a path; uint8 and int32 (I, O)."""
     grids_IO, k_IO = np.zeros(values_IO.shape, np.uint8), values_IO.copy()
-    if states == 1:
+    if parity_S.size == 1:
         return grids_IO, k_IO
     for i in range(values_IO.shape[0]):
         state = 0
         for t in range(values_IO.shape[1]):
-            grid, v = (state >> 1) & 1, values_IO[i, t]
+            grid, v = grid_S[state], values_IO[i, t]
             sign = (v > 0) - (v < 0)
             k = (v + sign * grid) // 2
             grids_IO[i, t], k_IO[i, t] = grid, k
-            state = ((state << 1) | ((k & 1) ^ ((state ^ (state >> 2)) & 1))) & 7
+            state = ((state << 1) | ((k ^ parity_S[state]) & 1)) & (parity_S.size - 1)
     return grids_IO, k_IO
 
 
@@ -153,9 +159,24 @@ class Measured:
     errors_Q: np.ndarray
     shrinks_Q: np.ndarray
 
+    def above_bound(self, bits: float) -> float:
+        """By how many bits an entropy of `bits` exceeds log2(deviation^2 / error) / 2, the least there is; a
+        plain grid by 0.254 at high rates."""
+        place = int(np.flatnonzero(np.diff(self.entropies_Q > bits))[-1])
+        places = [place, place + 1]
+        found = self.entropies_Q + np.log2(self.errors_Q) / 2 - DEVIATIONS_LOG2
+        return float(np.interp(bits, self.entropies_Q[places], found[places]))
+
 
 @cache
-def measured() -> Measured:
+def code(states: int) -> tuple[np.ndarray, np.ndarray]:
+    """What a state adds to the parity of k, and its grid; (S,) uint8 each."""
+    checks = [[(state & check).bit_count() & 1 for state in range(states)] for check in CHECKS[states]]
+    return np.array(checks[0], np.uint8), np.array(checks[1], np.uint8)
+
+
+@cache
+def measured(states: int) -> Measured:
     """By quantizing samples, the same ones for every deviation."""
     z = np.random.default_rng(0).standard_normal(_SAMPLES).astype(np.float32)
     count = (_HIGH - _LOW) * _DENSITY + 1
@@ -164,22 +185,21 @@ def measured() -> Measured:
     for q in range(count):
         w = z * np.float32(2 ** (_LOW + q / _DENSITY))
         for _ in range(_ROUNDS):
-            values = _quantized(w, bits_QCK[q])
-            grids_O, k_O = (a[0] for a in grids(values[None], 8))
+            grids_O, k_O = (a[0] for a in grids(quantized(w, bits_QCK[q], states)[None], *code(states)))
             bits_QCK[q] = _BIT_COST * _bits(grids_O, np.abs(k_O), bits_QCK.shape[2])
-        values = _quantized(w, bits_QCK[q])
-        grids_O, k_O = (a[0] for a in grids(values[None], 8))
+        values = quantized(w, bits_QCK[q], states)
+        grids_O, k_O = (a[0] for a in grids(values[None], *code(states)))
         cross, square = float(w @ values), float(values @ values.astype(np.float64))
         shrink = cross / square if square > 0 else 1.0
         rows[q] = _entropy(grids_O, k_O), float(np.mean((w - shrink * values) ** 2)), shrink
     return Measured(bits_QCK, *rows.T)
 
 
-def _quantized(w_O: np.ndarray, bits_CK: np.ndarray) -> np.ndarray:
+def quantized(w_O: np.ndarray, bits_CK: np.ndarray, states: int) -> np.ndarray:
+    """The cheapest path for a column in grid steps. bits: of every |k| on either grid, times their cost."""
     values_O = np.empty(w_O.size, np.int32)
-    _encode(
-        w_O, np.float32(1), bits_CK, np.empty(w_O.size, np.uint8), np.empty((w_O.size, 4), np.int32), values_O
-    )
+    memory = np.empty((w_O.size, states), np.uint8), np.empty((w_O.size, 4), np.int32)
+    _encode(w_O, np.float32(1), bits_CK, *code(states), *memory, values_O)
     return values_O
 
 

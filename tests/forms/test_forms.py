@@ -84,7 +84,7 @@ def trellis(
     largest: int,
     exponent: int,
     *,
-    states: int = 8,
+    states: int = 64,
     rows: bool = True,
 ) -> Case:
     """Any parities make a path: the grid of a value follows from those of the codes before it."""
@@ -106,8 +106,8 @@ def path_of(k_OI: Tensor) -> Tensor:
     for j in range(k_OI.shape[1]):
         state = 0
         for i, k in enumerate(k_OI[:, j].tolist()):
-            values_OI[i, j] = 2 * k - ((k > 0) - (k < 0)) * (state // 2 % 2)
-            state = 2 * state % 8 + (k % 2 ^ state % 2 ^ state // 4)
+            values_OI[i, j] = 2 * k - ((k > 0) - (k < 0)) * ((state // 2 + state // 8) % 2)
+            state = 2 * state % 64 + (k % 2 ^ state % 2 ^ state // 32)
     return values_OI
 
 

@@ -46,11 +46,11 @@ PLANS: dict[str, Parameters] = {
     "no entries": {"rank": 4, "columns": 5, "entries": 0},
 }
 CODES: dict[str, Parameters] = {
-    "entropy coded": {"step": 0.02, "states": 8},
+    "entropy coded": {"step": 0.02, "states": 64},
     "plain grid": {"step": 0.02, "states": 1},
-    "entropy coded plus low rank": {"rank": 3, "step": 0.05, "states": 8},
-    "large codes": {"step": 1e-5, "states": 8},
-    "nothing but zeros": {"step": 1e3, "states": 8},
+    "entropy coded plus low rank": {"rank": 3, "step": 0.05, "states": 64},
+    "large codes": {"step": 1e-5, "states": 64},
+    "nothing but zeros": {"step": 1e3, "states": 64},
     "3 bit": {"bits": 3, "group": 5},
     "8 bit plus columns": {"columns": 3, "bits": 8, "group": 64},
     "2 bit plus both": {"rank": 2, "columns": 2, "bits": 2, "group": 4},
@@ -233,7 +233,7 @@ def test_the_kernel_for_few_tokens_computes_what_the_dense_product_does(
     generator: torch.Generator, shape: tuple[int, int], tokens: int
 ) -> None:
     packed = packed_linear(
-        rounded(random_layer(generator, *shape), {"step": 0.02, "states": 8}, torch.bfloat16)
+        rounded(random_layer(generator, *shape), {"step": 0.02, "states": 64}, torch.bfloat16)
     )
     x = torch.randn(2, tokens, shape[1], generator=generator).bfloat16()
     expected = x.float() @ packed.dense_weight().T

@@ -190,7 +190,7 @@ def integers(tensors: dict[str, Tensor], entry: dict[str, Any], rows: int, colum
     if entry["form"] == "trellis":
         row_steps = tensors["row_steps"].tolist() if entry.get("scaled") else [0] * rows
         hints = [[(255 - step) // 2 for step in of] for of in (row_steps, steps)]
-        codes_IO = torch.tensor(decoded_stream(data, entry.get("states", 8), *hints)).double()
+        codes_IO = torch.tensor(decoded_stream(data, entry.get("states", 64), *hints)).double()
         scales_O = torch.tensor([2.0 ** (step / 8) for step in row_steps]).double()
         return codes_IO.view(columns, rows).T * scales_I * scales_O[:, None]
     order = sorted(range(columns), key=lambda j: (steps[j], j))
@@ -431,7 +431,7 @@ def store_without_trellis(directory: Path, entries: dict[str, Any], manifest: Ma
             row_steps = tensors.pop(f"{name}.row_steps", alike).tolist()
             hints = [[(255 - step) // 2 for step in of] for of in (row_steps, steps)]
             data = bytes(tensors[f"{name}.codes"].tolist())
-            columns = decoded_stream(data, term.get("states", 8), *hints)
+            columns = decoded_stream(data, term.get("states", 64), *hints)
             order = sorted(range(len(steps)), key=lambda j: (steps[j], j))
             stream = entropy_encode(torch.tensor([columns[j] for j in order]))
             tensors[f"{name}.codes"] = stream

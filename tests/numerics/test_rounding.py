@@ -40,7 +40,7 @@ def typical_step(layer: RandomLayer, deviations: float) -> float:
 
 
 @every_kind
-@pytest.mark.parametrize("states", [1, 8])
+@pytest.mark.parametrize("states", [1, 64])
 @pytest.mark.parametrize("deviations", [0.3, 2, 30])
 def test_rounding_any_layer_gives_finite_weights_of_bounded_error(
     generator: torch.Generator, kind: str, deviations: float, states: int
@@ -121,7 +121,7 @@ def test_the_table_of_a_rounded_normal_variable_is_what_sampling_gives(
 
 # A trellis leaves nothing of a column whose deviation is half a step.
 @pytest.mark.parametrize(
-    ("deviations", "states"), [(0.5, 1), (1, 1), (4, 1), (30, 1), (1, 8), (1.5, 8), (4, 8), (30, 8)]
+    ("deviations", "states"), [(0.5, 1), (1, 1), (4, 1), (30, 1), (1, 64), (1.5, 64), (4, 64), (30, 64)]
 )
 def test_what_entropy_coded_weights_are_said_to_cost_and_lose_is_what_they_do(
     generator: torch.Generator, deviations: float, states: int
@@ -171,7 +171,7 @@ def test_codes_on_top_of_low_rank_are_said_to_cost_what_they_do(generator: torch
     assert int(sizes_N[chosen]) < 0.8 * int(sizes_N[int(other_N.argmin())])
 
 
-@pytest.mark.parametrize("states", [1, 8])
+@pytest.mark.parametrize("states", [1, 64])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_ladder_of_steps_falls_in_bytes_and_rises_in_error(
     generator: torch.Generator, kind: str, states: int
@@ -192,7 +192,7 @@ def test_a_ladder_of_steps_falls_in_bytes_and_rises_in_error(
         assert errors[order[-1]] / errors[order[0]] > 1e4
 
 
-@pytest.mark.parametrize("states", [1, 8])
+@pytest.mark.parametrize("states", [1, 64])
 def test_finer_steps_and_more_bits_err_less(generator: torch.Generator, states: int) -> None:
     layer = random_layer(generator, 64, 48)
     factor = hessian_factor(layer.gram)
@@ -271,7 +271,7 @@ def test_a_choice_names_its_rounding(generator: torch.Generator) -> None:
     layer = random_layer(generator, 16, 12)
     factor = hessian_factor(layer.gram)
     step = float(entropy_coded_rates(layer.W_OI, Metric(layer.gram), None, 1.0, [0], 8).steps_N[-1])
-    coded = quantizer(Choice(0, parameters={"rank": 0, "step": step, "states": 8}))(layer.W_OI, factor)
+    coded = quantizer(Choice(0, parameters={"rank": 0, "step": step, "states": 64}))(layer.W_OI, factor)
     assert isinstance(coded, EntropyCodes)
     assert torch.equal(coded.codes_OI, round_entropy_coded(layer.W_OI, factor, step).codes_OI)
     fixed = quantizer(Choice(0, parameters={"bits": 3, "group": 5}))(layer.W_OI, factor)

@@ -10,17 +10,21 @@ from layers import KINDS, random_layer
 from numpy.typing import NDArray
 
 from lrsd.numerics.rounding import column_steps, gaussian_table, hessian_factor, round_entropy_coded
-from lrsd.numerics.trellis import DEVIATIONS_LOG2, _quantized, grids, measured
+from lrsd.numerics.trellis import code, grids, measured, quantized
 
 NO_BITS = np.zeros((2, 256), np.float32)
 
 
 def next_state(state: int, k: int) -> int:
-    return 2 * state % 8 + (k % 2 ^ state % 2 ^ state // 4)
+    return 2 * state % 64 + (k % 2 ^ state % 2 ^ state // 32)
+
+
+def grid_of(state: int) -> int:
+    return (state // 2 + state // 8) % 2
 
 
 def value(state: int, k: int) -> int:
-    return 2 * k - ((k > 0) - (k < 0)) * (state // 2 % 2)
+    return 2 * k - ((k > 0) - (k < 0)) * grid_of(state)
 
 
 def normal(count: int, seed: int, deviation: float = 1.0) -> NDArray[np.float32]:
@@ -29,12 +33,12 @@ def normal(count: int, seed: int, deviation: float = 1.0) -> NDArray[np.float32]
 
 @pytest.mark.parametrize("deviation", [0.3, 1, 4, 300])
 def test_every_column_is_a_path(deviation: float) -> None:
-    values = np.stack([_quantized(normal(97, seed, deviation), NO_BITS) for seed in range(5)])
-    grids_IO, k_IO = grids(values, 8)
+    values = np.stack([quantized(normal(97, seed, deviation), NO_BITS, 64) for seed in range(5)])
+    grids_IO, k_IO = grids(values, *code(64))
     for column, grid_O, k_O in zip(values, grids_IO, k_IO, strict=True):
         state = 0
         for v, grid, k in zip(column.tolist(), grid_O.tolist(), k_O.tolist(), strict=True):
-            assert (grid, v) == (state // 2 % 2, value(state, k))
+            assert (grid, v) == (grid_of(state), value(state, k))
             state = next_state(state, k)
 
 
@@ -49,41 +53,42 @@ def test_no_other_path_is_cheaper(seed: int, rate: float) -> None:
     def cost(codes: tuple[int, ...]) -> float:
         state, total = 0, 0.0
         for u, k in zip(w.tolist(), codes, strict=True):
-            total += (u - value(state, k)) ** 2 + float(bits_CK[state // 2 % 2, abs(k)])
+            total += (u - value(state, k)) ** 2 + float(bits_CK[grid_of(state), abs(k)])
             state = next_state(state, k)
         return total
 
     least = min(map(cost, itertools.product(range(-3, 4), repeat=5)))
-    k_O = grids(_quantized(w, bits_CK)[None], 8)[1][0]
+    k_O = grids(quantized(w, bits_CK, 64)[None], *code(64))[1][0]
     assert cost(tuple(k_O.tolist())) == pytest.approx(least, rel=1e-5)
 
 
-@pytest.mark.parametrize(("bits", "gap"), [(2, 0.109), (3, 0.093), (4, 0.083)])
-def test_a_gaussian_source_is_as_near_its_bound_as_is_known_of_eight_states(bits: float, gap: float) -> None:
-    """Bits above the rate-distortion bound -log2(D) / 2; a plain grid is 0.254 above it."""
-    found = measured()
-    place = int(np.flatnonzero(np.diff(found.entropies_Q > bits))[-1])
-    places = [place, place + 1]
-    bounds = found.entropies_Q + np.log2(found.errors_Q) / 2 - DEVIATIONS_LOG2
-    assert float(np.interp(bits, found.entropies_Q[places], bounds[places])) == pytest.approx(gap, abs=0.03)
+@pytest.mark.parametrize(
+    ("states", "bits", "gap"),
+    [
+        (8, 2, 0.109), (8, 3, 0.093), (8, 4, 0.083), (32, 2, 0.079), (32, 3, 0.068), (32, 4, 0.06),
+        (64, 2, 0.07), (64, 3, 0.06), (64, 4, 0.05),
+    ],
+)  # fmt: skip
+def test_a_gaussian_source_is_as_near_its_bound_as_is_known(states: int, bits: float, gap: float) -> None:
+    assert measured(states).above_bound(bits) == pytest.approx(gap, abs=0.012)
 
 
 @pytest.mark.parametrize("deviation", [1.1, 2, 7])
 def test_the_table_holds_for_other_samples(deviation: float) -> None:
     x = torch.tensor(deviation)
-    table = gaussian_table(states=8)
+    table = gaussian_table(states=64)
     W_OI = torch.from_numpy(normal(20_000 * 4, 1, deviation)).view(20_000, 4)
-    codes = round_entropy_coded(W_OI, hessian_factor(torch.eye(4), 1e-9), 1.0, 8)
+    codes = round_entropy_coded(W_OI, hessian_factor(torch.eye(4), 1e-9), 1.0, 64)
     error = float((codes.dense() - W_OI).square().mean())
     deviations = W_OI.std() / float(column_steps(codes.offsets_I, codes.exponent)[0])
     assert float(deviations) == pytest.approx(deviation / float(table.shrink(x)), rel=0.05)
-    assert error == pytest.approx(float(table.error(x)), rel=0.05)
-    k_IO = grids(codes.codes_OI.T.contiguous().numpy(), 8)[1]
+    assert error == pytest.approx(float(table.error(x)), rel=0.08)
+    k_IO = grids(codes.codes_OI.T.contiguous().numpy(), *code(64))[1]
     assert np.abs(k_IO).mean() > 0.2
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("states", [1, 8])
+@pytest.mark.parametrize("states", [1, 64])
 def test_what_a_column_loses_moves_those_after_it(generator: torch.Generator, kind: str, states: int) -> None:
     """W - Q = E U with U the factor: what was rounded in column j is w_j - sum_{i<j} E_i U_ij, and on a plain
     grid its code is the nearest."""
@@ -112,10 +117,10 @@ def test_what_a_column_loses_moves_those_after_it(generator: torch.Generator, ki
 @pytest.mark.parametrize("shape", [(1, 9), (30, 1), (1, 1), (7, 5)])
 def test_nothing_is_made_of_nothing(shape: tuple[int, int]) -> None:
     factor = hessian_factor(torch.eye(shape[1]).double())
-    zero = round_entropy_coded(torch.zeros(shape), factor, 0.1, 8)
+    zero = round_entropy_coded(torch.zeros(shape), factor, 0.1, 64)
     assert not zero.codes_OI.any()
     W_OI = torch.from_numpy(normal(math.prod(shape), 3)).view(shape)
-    found = round_entropy_coded(W_OI, factor, 1e-3, 8)
+    found = round_entropy_coded(W_OI, factor, 1e-3, 64)
     assert float((found.dense() - W_OI).abs().max()) < 5e-3
 
 
