@@ -62,6 +62,8 @@ class Form:
     name: ClassVar[str]
     # Whether `load` makes something worth keeping between two passes.
     decodes: ClassVar[bool] = False
+    # Tensors that need not be kept beside what `load` made of them, since `encode` makes them again.
+    encoded: ClassVar[tuple[str, ...]] = ()
 
     def tensors(self, shape: Shape) -> Specs:
         """Every stored tensor by its name, for a form that spans `shape`. No form may store a bias."""
@@ -78,6 +80,10 @@ class Form:
     def load(self, tensors: Tensors, shape: Shape) -> Tensors:
         """The tensors as `forward` reads them. Raises: ValueError for damaged ones."""
         return tensors
+
+    def encode(self, loaded: Tensors, tensors: Tensors) -> dict[str, Tensor]:
+        """Those of `encoded` again, to the byte, from what `load` made of them and the other tensors."""
+        raise NotImplementedError
 
     def check(self, tensors: Tensors, shape: Shape) -> None:
         """Raises: ValueError if values contradict each other; sizes and types are checked by `tensors`."""

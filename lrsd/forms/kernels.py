@@ -1,12 +1,45 @@
-"""Products with integer weights."""
+"""Integer weights in memory, and products with them."""
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from lrsd.forms.base import Tensors
+
 # Tokens up to which torch's int8 kernel beats widening the codes for a dense product, on a CPU: at one
 # token it takes a seventh of the time, at sixteen as much, at 512 four times as much.
 _KERNEL_TOKENS = 8
+
+
+def split_integers(codes_OI: Tensor) -> dict[str, Tensor]:
+    """Q (O, I) a byte each: `codes` int8, where the few columns with larger integers are zero; these in
+    `wide_codes` (O, K), their numbers in `wide` (K,). Where half of all columns are wide, `codes` alone, of
+    the narrowest type that holds them all."""
+    wide_I = (codes_OI > 127).any(0) | (codes_OI < -128).any(0)
+    columns_K = wide_I.nonzero().flatten()
+    if 2 * len(columns_K) >= codes_OI.shape[1]:
+        return {"codes": narrowest(codes_OI).contiguous()}
+    codes = codes_OI.masked_fill(wide_I, 0).to(torch.int8).contiguous()
+    if not len(columns_K):
+        return {"codes": codes}
+    return {"codes": codes, "wide": columns_K, "wide_codes": narrowest(codes_OI[:, columns_K]).contiguous()}
+
+
+def joined_integers(loaded: Tensors) -> Tensor:
+    """Q (O, I), whole again, of the narrowest type."""
+    if "wide" not in loaded:
+        return loaded["codes"]
+    codes_OI = loaded["codes"].to(loaded["wide_codes"].dtype)
+    codes_OI[:, loaded["wide"]] = loaded["wide_codes"]
+    return codes_OI
+
+
+def split_product(x: Tensor, loaded: Tensors) -> Tensor:
+    """x (..., I) times Q^T from what `split_integers` gives."""
+    y = integer_product(x, loaded["codes"])
+    if "wide" in loaded:  # few of them: in float32, which 16 bit would round
+        y = y + linear(x[..., loaded["wide"]].float(), loaded["wide_codes"].float()).to(x.dtype)
+    return y
 
 
 def integer_product(x: Tensor, codes_OI: Tensor) -> Tensor:

@@ -1,6 +1,7 @@
 """The packed linear layer: y = W x + b from the tensors that a `Layer` states, W never formed."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +27,6 @@ class PackedLinear(nn.Module):
         if not layer.bias:
             self.register_parameter("bias", None)
         self._decoded: dict[int, Tensors] = {}
-        self._decoded_on: torch.device | None = None
 
     @classmethod
     def holding(cls, shape: Shape, layer: Layer, tensors: Mapping[str, Tensor]) -> "PackedLinear":
@@ -46,16 +46,15 @@ class PackedLinear(nn.Module):
         return self.layer.dense(self._tensors(), self.decoded(), self.shape).to(dtype)
 
     def decoded(self) -> Sequence[Tensors]:
-        """What the terms read at a product; integers are decoded once and kept, a byte or more per weight.
+        """What the terms read at a product; integers are decoded once and kept, about a byte per weight.
 
         Raises: CheckpointError for damaged codes.
         """
-        if self._decoded_on != self.weight.device:
-            self._decoded, self._decoded_on = {}, self.weight.device
         tensors, free = self._tensors(), self.layer.free(self.shape)
         loaded = []
         for index, term in enumerate(self.layer.terms):
-            if (known := self._decoded.get(index)) is None:
+            known = self._decoded.get(index)
+            if known is None or next(iter(known.values())).device != self.weight.device:
                 try:
                     known = term.load(self.layer.part(term, tensors, self.shape), free)
                 except ValueError as error:
@@ -69,14 +68,40 @@ class PackedLinear(nn.Module):
         return loaded
 
     def release_encoded(self) -> None:
-        """Free what was decoded from: the layer still computes, but can no longer be saved or moved."""
-        loaded = self.decoded()
-        read = {id(tensor) for tensors in loaded for tensor in tensors.values()}
-        for term in self.layer.terms:
-            for name in term.tensors(self.layer.free(self.shape)) if term.decodes else ():
-                parameter = self._parameters[name]
-                if parameter is not None and id(parameter) not in read:
-                    parameter.data = parameter.new_empty(0)
+        """Decode, and free what was decoded from where it can be encoded again, as saving the layer does."""
+        self.decoded()
+        for name in (name for term in self.layer.terms for name in term.encoded):
+            parameter = self._parameters[name]
+            assert parameter is not None
+            parameter.data = parameter.new_empty(0)
+
+    def _encoded(self) -> dict[str, Tensor]:
+        """Released tensors, made again."""
+        tensors, found = self._tensors(), dict[str, Tensor]()
+        for index, term in enumerate(self.layer.terms):
+            if any(tensors[name].numel() == 0 for name in term.encoded) and index in self._decoded:
+                found |= term.encode(self._decoded[index], self.layer.part(term, tensors, self.shape))
+        return found
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for name, tensor in self._encoded().items():
+            destination[prefix + name] = tensor
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, spec in self.layer.tensors(self.shape).items():
+            parameter = self._parameters[name]
+            if parameter is not None and tuple(parameter.shape) != spec.size:
+                parameter.data = parameter.new_zeros(spec.size)
+        self._decoded = {}
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":
+        super()._apply(*args, **kwargs)
+        if not self.weight.is_meta:
+            for index, known in self._decoded.items():
+                self._decoded[index] = {name: t.to(self.weight.device) for name, t in known.items()}
+        return self
 
     def check(self, name: str) -> None:
         """Raises: CheckpointError if values contradict each other; what is offloaded is not looked at."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors, check_coded
-from lrsd.forms.kernels import integer_product, narrowest
+from lrsd.forms.kernels import joined_integers, split_integers, split_product
 from lrsd.numerics.ans import ans_decode, ans_encode
 from lrsd.numerics.rounding import EntropyCodes, column_steps
 from lrsd.numerics.trellis import STATES
@@ -33,6 +33,7 @@ class Trellis(Form):
     scaled: bool = False
     name: ClassVar[str] = "trellis"
     decodes: ClassVar[bool] = True
+    encoded: ClassVar[tuple[str, ...]] = ("codes",)
 
     def __post_init__(self) -> None:
         check_coded(self.stream, self.exponent)
@@ -62,7 +63,7 @@ class Trellis(Form):
         return specs | ({"row_steps": Spec((shape.out_features,), torch.uint8)} if self.scaled else {})
 
     def load(self, tensors: Tensors, shape: Shape) -> Tensors:
-        """Q (O, I) as int8 where it fits, and the steps (I,) and (O,) in float32."""
+        """Q (O, I) as `split_integers` has it, and the steps (I,) and (O,) in float32."""
         values_OI = torch.empty(shape.out_features, shape.in_features, device="meta")
         values_IO = ans_decode(tensors["codes"], self.states, *_hints(tensors, values_OI))
         if values_IO.T.shape != values_OI.shape:
@@ -72,20 +73,21 @@ class Trellis(Form):
             )
         return self._loaded(values_IO.T, tensors)
 
+    def encode(self, loaded: Tensors, tensors: Tensors) -> dict[str, Tensor]:
+        codes_OI = joined_integers(loaded)
+        return {"codes": ans_encode(codes_OI.T.contiguous(), self.states, *_hints(tensors, codes_OI))}
+
     def _loaded(self, codes_OI: Tensor, tensors: Tensors) -> Tensors:
-        loaded = {
-            "codes": narrowest(codes_OI).contiguous(),
-            "steps": column_steps(tensors["steps"], self.exponent),
-        }
+        loaded = split_integers(codes_OI) | {"steps": column_steps(tensors["steps"], self.exponent)}
         return loaded | ({"row_steps": column_steps(tensors["row_steps"], 0)} if self.scaled else {})
 
     def forward(self, loaded: Tensors, x: Tensor, shape: Shape) -> Tensor:
         # Steps go onto x and y: codes are small integers, exact in 16 bit.
-        y = integer_product(x * loaded["steps"].to(x.dtype), loaded["codes"])
+        y = split_product(x * loaded["steps"].to(x.dtype), loaded)
         return y * loaded["row_steps"].to(x.dtype) if self.scaled else y
 
     def dense(self, loaded: Tensors, shape: Shape) -> Tensor:
-        dense_OI = loaded["codes"].float() * loaded["steps"]
+        dense_OI = joined_integers(loaded).float() * loaded["steps"]
         return dense_OI * loaded["row_steps"][:, None] if self.scaled else dense_OI
 
     def macs(self, shape: Shape) -> int:

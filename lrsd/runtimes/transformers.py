@@ -21,6 +21,7 @@ from lrsd.forms.packed import PackedLinear
 from lrsd.model.embedding import embedding_names, insert_embeddings, restore_embeddings
 from lrsd.model.experts import fuse_experts, fusions, unfuse_experts
 from lrsd.model.slots import dense_linear, weight_slot
+from lrsd.numerics.compiled import in_threads
 
 # What safetensors calls the types of packed tensors; values may be of any floating-point type.
 _STORED_AS = {torch.uint8: {"U8"}, torch.int8: {"I8"}, torch.int16: {"I16"}, torch.int32: {"I32"}}
@@ -76,10 +77,16 @@ class LrsdQuantizer(HfQuantizer):
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        for name in self.quantization_config.layers:
-            packed = model.get_submodule(name)
+        layers = {name: model.get_submodule(name) for name in self.quantization_config.layers}
+
+        def decode(name: str) -> None:
+            packed = layers[name]
             assert isinstance(packed, PackedLinear)
             packed.check(name)
+            if not any(parameter.is_meta for parameter in packed.parameters()):  # offloaded
+                packed.release_encoded()
+
+        in_threads(decode, layers)
         return model
 
     def update_weight_conversions(

@@ -1,5 +1,6 @@
 """The packed layer computes what the decomposition says, from the values it says."""
 
+from copy import deepcopy
 from dataclasses import replace
 from functools import partial
 
@@ -11,6 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lrsd.errors import CheckpointError
 from lrsd.forms.base import Shape
+from lrsd.forms.kernels import joined_integers, split_integers, split_product
 from lrsd.forms.packed import PackedLinear
 from lrsd.methods import coded, low_rank_sparse
 from lrsd.methods.base import LayerProblem, Solution
@@ -205,7 +207,7 @@ def test_codes_decode_to_the_very_values_that_the_solver_saw(
     found = decomposed(layer, parameters)
     assert found.codes is not None
     packed = packed_linear(rounded(layer, parameters, torch.bfloat16))
-    assert torch.equal(packed.decoded()[-1]["codes"].int(), found.codes.codes_OI.int())
+    assert torch.equal(joined_integers(packed.decoded()[-1]).int(), found.codes.codes_OI.int())
     if not found.rank and not found.columns_K.numel():
         assert torch.equal(packed.dense_weight(), found.codes.dense())
     in_float = packed_linear(rounded(layer, parameters, torch.float32))
@@ -242,15 +244,43 @@ def test_the_kernel_for_few_tokens_computes_what_the_dense_product_does(
 
 
 @every_coding
-def test_a_layer_computes_the_same_once_what_it_was_decoded_from_is_freed(
+def test_a_layer_is_the_same_without_what_it_was_decoded_from(
     generator: torch.Generator, parameters: Parameters
 ) -> None:
+    """It computes, is saved, copied, moved and loaded as before."""
     packed = packed_linear(rounded(random_layer(generator, OUT, IN), parameters, torch.bfloat16))
     x = torch.randn(3, IN, generator=generator).bfloat16()
-    before = packed(x)
+    before, state = packed(x), {name: t.clone() for name, t in packed.state_dict().items()}
     packed.release_encoded()
+    if "step" in parameters:
+        assert packed.codes.numel() == 0
+    for layer in (packed, deepcopy(packed), deepcopy(packed).to("cpu")):
+        assert torch.equal(layer(x), before)
+        found = layer.state_dict()
+        assert all(torch.equal(found[name], tensor) for name, tensor in state.items())
+    other = packed_linear(rounded(random_layer(generator, OUT, IN), parameters, torch.bfloat16))
+    if not any(other.state_dict()[name].shape != tensor.shape for name, tensor in state.items()):
+        other.release_encoded()
+        other.load_state_dict(state)
+        assert torch.equal(other(x), before)
+    packed.load_state_dict(state)
     assert torch.equal(packed(x), before)
-    assert packed.codes.numel() == 0
+
+
+def test_a_few_large_integers_do_not_widen_the_others(generator: torch.Generator) -> None:
+    codes_OI = torch.randint(-127, 128, (6, 9), generator=generator, dtype=torch.int32)
+    assert [*split_integers(codes_OI)] == ["codes"]
+    assert split_integers(codes_OI)["codes"].dtype == torch.int8
+    for value, dtype in ((128, torch.int16), (70_000, torch.int32)):
+        codes_OI[2, 4] = value
+        loaded = split_integers(codes_OI)
+        assert (loaded["codes"].dtype, loaded["wide_codes"].dtype) == (torch.int8, dtype)
+        assert loaded["wide"].tolist() == [4]
+        assert torch.equal(joined_integers(loaded).int(), codes_OI)
+        x = torch.randn(5, 9, generator=generator)
+        torch.testing.assert_close(split_product(x, loaded), x @ codes_OI.float().T)
+    codes_OI[0] = 500
+    assert split_integers(codes_OI)["codes"].dtype == torch.int32
 
 
 def test_a_damaged_stream_is_named_not_run(generator: torch.Generator) -> None:
