@@ -143,7 +143,7 @@ class Calibration:
     propagate: bool | None = option(
         None,
         "Calibrate each layer on the compressed model's activations (error-propagating calibration).",
-        shown="method lrsd does at 16 bit, and where the expected loss is not small",
+        shown="method lrsd does, unless the expected loss is tiny",
     )
 
     def __post_init__(self) -> None:

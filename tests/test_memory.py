@@ -158,7 +158,7 @@ slow = partial(pytest.param, marks=pytest.mark.slow)
 @pytest.mark.parametrize(
     ("options", "expected"),
     [
-        ({}, False), ({"bits": "16"}, True), slow({"propagate": True}, True),
+        ({}, True), ({"propagate": False}, False), slow({"bits": "16"}, True),
         slow({"bits": "16", "propagate": False}, False), slow({"method": "gptq"}, False),
         slow({"method": "gptq", "propagate": True}, True), slow({"method": "svd-llm"}, False),
     ],

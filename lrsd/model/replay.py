@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
+from enum import Enum
 from functools import partial
 from inspect import signature
 from typing import Any
@@ -28,6 +29,15 @@ class _Reached(Exception):  # noqa: N818 - a signal, not an error
 
 # Batch number, hidden states before the block, its output, the inputs of its groups by name.
 Observer = Callable[[int, Tensor, Tensor, dict[str, Tensor]], None]
+
+
+class Residual(Enum):
+    """Where a layer's output is added to the residual stream: what the block gives, or what a part of it
+    reads."""
+
+    AFTER = "after"
+    AMID = "amid"
+    NOWHERE = "nowhere"
 
 
 @dataclass(frozen=True)
@@ -62,6 +72,7 @@ class Replay:
     batch_sizes: tuple[int, ...]
     finished: Callable[[nn.Module], None]
     world: World = field(default_factory=World)
+    _residuals: dict[tuple[type, str], Residual] = field(default_factory=dict)
 
     @staticmethod
     def start(
@@ -157,21 +168,47 @@ class Replay:
             self.run(index, batch, hidden)
         return inputs[group]
 
-    def writes_residual(self, index: int, linear: str, hidden: Tensor) -> bool:
-        """Whether the block's output contains this linear's output one to one (residual stream).
+    def residual_of(self, index: int, linear: str, hidden: Tensor) -> Residual:
+        """Where this linear's output is added to the residual stream, one to one.
 
-        Tried on batch 0, not assumed: the linear's output is shifted and the block's output has to follow.
+        Tried on batch 0 of the first block of its class, not assumed: the linear's output is shifted, and
+        the block's output has to follow, or what a module after it reads to be the sum of it and `hidden`.
         """
+        block = self.block(index)
+        key = type(block), linear.removeprefix(self.layout.blocks[index].name)
+        if key not in self._residuals:
+            self._residuals[key] = self._tried_residual(index, linear, hidden)
+        return self._residuals[key]
+
+    def _tried_residual(self, index: int, linear: str, hidden: Tensor) -> Residual:
         plain = self.run(index, 0, hidden).float()
         shift = plain.abs().mean()
-        module = self.model.get_submodule(linear)
-        handle = module.register_forward_hook(lambda m, args, output: output + shift.to(output.dtype))
-        try:
-            moved = self.run(index, 0, hidden).float() - plain
-        finally:
-            handle.remove()
-        # 16-bit rounding of the shifted sum allows no more than a few per cent of the shift.
-        return bool((moved - shift).abs().median() < 0.05 * shift)
+        sums: list[Tensor] = []
+        amid = False
+
+        def follows(found: Tensor, expected: Tensor) -> bool:
+            # 16-bit rounding of the shifted sum allows no more than a few per cent of the shift.
+            return found.shape == expected.shape and bool((found - expected).abs().median() < 0.05 * shift)
+
+        def shifted(module: nn.Module, args: object, output: Tensor) -> Tensor:
+            output = output + shift.to(output.dtype)
+            if output.numel() == hidden.numel():
+                sums.append(hidden.float() + output.float().view_as(hidden))
+            return output
+
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            nonlocal amid
+            if sums and not amid and args and isinstance(args[0], Tensor):
+                amid = follows(args[0].float(), sums[0])
+
+        with ExitStack() as hooks:
+            hooks.callback(self.model.get_submodule(linear).register_forward_hook(shifted).remove)
+            for module in self.block(index).modules():
+                hooks.callback(module.register_forward_pre_hook(look).remove)
+            moved = self.run(index, 0, hidden).float()
+        if amid:
+            return Residual.AMID  # what follows may not notice a shift, which a norm takes away
+        return Residual.AFTER if follows(moved, plain + shift) else Residual.NOWHERE
 
     def logits_from(self, index: int, samples: Samples, hidden: Tensor, every: int = 1) -> Tensor:
         """The model's logits for batch 0, `samples`, when block `index` reads `hidden`; the model's own code

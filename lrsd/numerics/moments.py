@@ -53,6 +53,17 @@ class Moments:
         merged._sum_I = self._sum_I + other._sum_I
         return merged
 
+    def moved(self, before: "Moments", after: "Moments") -> "Moments":
+        """What is expected of these tokens from how a part of them moved: G + G_after - G_before; so the mean
+        too. The more alike `before` and `after` are, the less it matters how few they are."""
+        moved = Moments(self.width, self.device, self.count, self.weight)
+        for sums, own, now, then, total, part in (
+            (moved._upper_II, self._upper_II, after._upper_II, before._upper_II, self.weight, before.weight),
+            (moved._sum_I, self._sum_I, after._sum_I, before._sum_I, self.count, before.count),
+        ):
+            sums += own + (now - then) * (total / (part or 1))
+        return moved
+
     def scaled(self, count: int) -> "Moments":
         """The same means as if they were of `count` tokens."""
         times = count / max(self.count, 1)

@@ -214,14 +214,14 @@ def relative_error(W_OI: Tensor, approximation_OI: Tensor, gram_II: Tensor) -> f
 
 
 def propagated_target(
-    W_OI: Tensor, gram_II: Tensor, target_OI: Tensor, *, damping: float = 1e-4
+    W_OI: Tensor, gram_II: Tensor, missing_OI: Tensor, *, damping: float = 1e-4
 ) -> tuple[Tensor, float]:
-    """Weight whose outputs on the compressed prefix's inputs come nearest a target output t.
+    """Weight whose outputs on the compressed prefix's inputs come nearest to W x~ + m.
 
-    W* = argmin E||t - W' x~||^2 + damping mean(diag G) ||W' - W||_F^2, the ridge pulling towards W.
+    W* = argmin E||W x~ + m - W' x~||^2 + damping mean(diag G) ||W' - W||_F^2.
 
-    Args: W_OI the layer's own weight; gram_II G~ = E[x~ x~^T]; target_OI E[t x~^T].
+    Args: W_OI the layer's own weight; gram_II G~ = E[x~ x~^T]; missing_OI E[m x~^T].
     Returns: W*, and the damping if it had to be raised, else 0. Raises: SolverError.
     """
     factor, raised = ridged_cholesky(gram_II, damping)
-    return W_OI + torch.cholesky_solve((target_OI - W_OI @ gram_II).T, factor).T, raised
+    return W_OI + torch.cholesky_solve(missing_OI.T, factor).T, raised

@@ -15,7 +15,7 @@ from lrsd.model.layout import InputGroup
 from lrsd.model.replay import Replay
 from lrsd.model.slots import WeightSlot, weight_slot
 from lrsd.numerics.menu import Choice
-from lrsd.numerics.moments import CrossMoments
+from lrsd.numerics.metric import Metric
 from lrsd.numerics.solver import propagated_target
 from lrsd.numerics.weights import row_scales
 from lrsd.progress import Progress
@@ -28,6 +28,8 @@ from lrsd.work.process import release_freed
 
 T = TypeVar("T")
 
+# Ridges of the propagated target tried on held-out text, in units of the mean diagonal.
+_RIDGES = (1e-2, 1e-1, 1.0)
 # Tries at the last layer's step: bisection to less than its share of the slack takes about ten.
 _TRIALS = 30
 # Bits per weight beyond which no step changes the bytes any more.
@@ -172,7 +174,7 @@ class _BlockFit:
                 else:
                     fitted[spec.name] = self._fit_layer(weight_slot(model, spec.name), targets[spec.name])
             release_freed()
-            if streams is not None and pair is not None and pair.writes_residual:
+            if streams is not None and pair is not None and pair.ends:
                 streams.move_on(before, _affine(model, group.name))
                 moved = True
         if streams is not None and not moved:
@@ -197,45 +199,59 @@ class _BlockFit:
         agrees.
 
         The held-out error is quadratic along W + b (W* - W), so that each layer's best b has a closed
-        form. The layers of a group share the metric, so that their rows are solved for together.
+        form; of several ridges, each with its W*, the one is taken that leaves least of it. The layers of a
+        group share the metric, so that their rows are solved for together.
         """
-        moments, cross = pair.fit + pair.held_out, pair.fit_cross + pair.held_out_cross
-        gram_II, metric = moments.gram, self.method.metric(moments)
-        own = {s.name: layer_problem(self.replay, s.name, metric, math.inf) for s in group.linears}
-        W_OI = torch.cat([problem.W_OI for problem in own.values()])
-
-        def target(gram_II: Tensor, cross: CrossMoments) -> Tensor:
-            own_OI = W_OI @ (gram_II if pair.writes_residual else cross.mean)
-            return own_OI + cross.mean if pair.writes_residual else own_OI
-
-        def solved(gram_II: Tensor, cross: CrossMoments) -> tuple[Tensor, float]:
-            return propagated_target(W_OI, gram_II, target(gram_II, cross))
-
-        step_OI = solved(pair.fit.gram, pair.fit_cross)[0] - W_OI
-        held_out_II = pair.held_out.gram
-        missing_OI = target(held_out_II, pair.held_out_cross) - W_OI @ held_out_II
-        curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
-        slopes_O = (step_OI * missing_OI).sum(1)
-        del held_out_II, missing_OI, step_OI  # matrices of a wide layer's inputs take gigabytes
-        full_OI, damping = solved(gram_II, cross)
-        input_mean_I = moments.mean
-        mean_O = W_OI @ (input_mean_I if pair.writes_residual else cross.target_mean)
-        mean_O = mean_O + cross.target_mean if pair.writes_residual else mean_O
         statistics = self.observation.statistics[group.name]
+        own = {
+            s.name: layer_problem(self.replay, s.name, Metric(pair.fit.gram), math.inf) for s in group.linears
+        }
+        W_OI = torch.cat([problem.W_OI for problem in own.values()])
+        # Choosing needs no more than float32.
+        fit_II, held_out_II = pair.fit.gram.float(), pair.held_out.gram.float()
+        fit_OI = pair.missing(W_OI, pair.fit_missing).float()
+        missing_OI = pair.missing(W_OI, pair.held_out_missing).float()
+        paths = []
+        for ridge in _RIDGES:
+            step_OI = propagated_target(torch.zeros_like(fit_OI), fit_II, fit_OI, damping=ridge)[0]
+            curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
+            paths.append((ridge, curvatures_O, (step_OI * missing_OI).sum(1)))
+        # Matrices of a wide layer's inputs take gigabytes.
+        del fit_II, held_out_II, fit_OI, missing_OI, step_OI
+        moments, cross = pair.moments(statistics.moments), pair.fit_missing + pair.held_out_missing
+        metric, missing_OI = self.method.metric(moments), pair.missing(W_OI, cross)
+        solving_II = (pair.fit + pair.held_out).gram if pair.writes_residual else metric.gram
+        full: dict[float, tuple[Tensor, float]] = {}
+        input_mean_I = moments.mean
+        mean_O = W_OI @ input_mean_I + pair.missing_mean(W_OI, cross)
         targets, end = {}, 0
         for spec in group.linears:
             start, end = end, end + spec.shape.out_features
             rows_O = statistics.exponents(spec.name)
-            importances_O = torch.ones_like(curvatures_O[start:end])
+            importances_O = torch.ones_like(W_OI[start:end, 0])
             if rows_O is not None:
                 importances_O = row_scales(rows_O).to(importances_O) ** -2
-            own_OI, curvature = W_OI[start:end], float(curvatures_O[start:end] @ importances_O)
-            weight = float(slopes_O[start:end] @ importances_O) / curvature if curvature > 0 else 0.0
+            gains = []
+            for ridge, curvatures_O, slopes_O in paths:
+                curvature, slope = (
+                    float(x_O[start:end].double() @ importances_O) for x_O in (curvatures_O, slopes_O)
+                )
+                weight = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+                gains.append((weight * (2 * slope - weight * curvature), weight, ridge))
+            _, weight, ridge = max(gains)
+            own_OI = W_OI[start:end]
             # Of a layer without weights the plan knows the step of nothing only.
-            weight = min(max(weight, 0.0), 1.0) if own_OI.any() else 0.0
+            weight = weight if own_OI.any() else 0.0
+            if ridge not in full:
+                full[ridge] = propagated_target(W_OI, solving_II, missing_OI, damping=ridge)
+            full_OI, damping = full[ridge]
             W_target_OI = own_OI + weight * (full_OI[start:end] - own_OI)
             problem = replace(
-                own[spec.name], W_OI=W_target_OI, input_mean_I=input_mean_I, target_mean_O=mean_O[start:end]
+                own[spec.name],
+                W_OI=W_target_OI,
+                metric=metric,
+                input_mean_I=input_mean_I,
+                target_mean_O=mean_O[start:end],
             )
             targets[spec.name] = _Target(problem.weighted(rows_O), weight, damping)
         return targets

@@ -27,7 +27,7 @@ from lrsd.work.streams import Stream
 # One sample in eight is kept out of the fit: it chooses the interpolation weight and the plan.
 HELD_OUT = 8
 # Samples whose derivatives weigh the output channels: means over thousands of tokens.
-_DERIVED = 16
+_DERIVED = 8
 
 
 @dataclass(frozen=True)

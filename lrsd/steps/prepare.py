@@ -21,7 +21,7 @@ from lrsd.steps.estimate import (
     estimate_time,
 )
 from lrsd.steps.observe import Observation, fitted_samples, observe_model
-from lrsd.steps.plan import PLAN_STEP, Plan, choose_plan, likely_propagates, needs_sensitivity
+from lrsd.steps.plan import PLAN_STEP, Plan, choose_plan, may_propagate, needs_sensitivity
 from lrsd.steps.source import SourceModel
 from lrsd.work.journal import Journal
 
@@ -128,7 +128,7 @@ def start_replay(
     per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
     seconds = estimate_time(layout, per_batch, len(batches), rounds=recipe.method.rounds)
     left = 1 - (journal.count("observe-") + journal.count("fit-")) / (2 * len(layout.blocks))
-    minutes = left * seconds.total(propagate=likely_propagates(recipe)) / 60
+    minutes = left * seconds.total(propagate=may_propagate(recipe)) / 60
     if loaded.ignored:
         progress.note(
             f"{len(loaded.ignored)} tensors are no part of the model, {loaded.ignored[0]} among them"

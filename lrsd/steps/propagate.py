@@ -2,17 +2,27 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
+import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lrsd.model.layout import InputGroup
 from lrsd.model.load import exact_device
-from lrsd.model.replay import Replay
+from lrsd.model.replay import Replay, Residual
+from lrsd.model.slots import weight_slot
 from lrsd.numerics.moments import CrossMoments, Moments
-from lrsd.steps.observe import fitted_samples
 from lrsd.work.journal import Workspace
-from lrsd.work.streams import Stream
+from lrsd.work.streams import Leading, Stream
+
+# Samples whose errors are followed through the model: how inputs move there is added to the moments of all.
+_PROPAGATED = 16
+# One in so many of them chooses how far a target is followed.
+_CHOOSING = 4
+
+# Squared norm, in units of the mean, that every token is taken to have at least.
+_LEAST_NORM = 1e-6
 
 _Affine = tuple[Tensor, Tensor | None]
 
@@ -34,7 +44,7 @@ class TwoStreams:
     def start(workspace: Workspace, replay: Replay, index: int) -> "TwoStreams":
         """Before block `index`, which is still dense and is run once, as it is."""
         block = replay.layout.blocks[index]
-        before = [replay.inputs[block.stack]] * 2
+        before: list[Stream] = [Leading(replay.inputs[block.stack], propagated_batches(replay))] * 2
         if not block.is_first:
             before = [workspace.stream(name) for name in _names(fit_step(index - 1))]
         streams = TwoStreams(workspace, fit_step(index), *before)
@@ -55,9 +65,9 @@ class TwoStreams:
         change_OI = after[0] - before[0]
         shift_O = None if after[1] is None else after[1] - (before[1] if before[1] is not None else 0.0)
         for batch, (y, x) in enumerate(zip(self.last_outputs, self.last_inputs, strict=True)):
-            shift = None if shift_O is None else shift_O.to(x.dtype)
-            moved = y + linear(x, change_OI.to(x.dtype), shift).view_as(y)
-            self.compressed_outputs.put(batch, moved)
+            # In float32: not every CPU has products for 16 bit.
+            moved = y.float() + linear(x.float(), change_OI, shift_O).view_as(y)
+            self.compressed_outputs.put(batch, moved.to(y.dtype))
 
     def finish(self) -> Sequence[str]:
         """The block is fitted. Returns: names of the streams that the next one begins with."""
@@ -71,6 +81,12 @@ class TwoStreams:
         return stream
 
 
+def propagated_batches(replay: Replay) -> int:
+    """The leading batches that are run through the compressed model."""
+    samples = list(accumulate(replay.batch_sizes))
+    return 1 + next((i for i, count in enumerate(samples) if count >= _PROPAGATED), len(samples) - 1)
+
+
 def fit_step(index: int) -> str:
     """The name of a block's step in the journal."""
     return f"fit-{index:04d}"
@@ -82,17 +98,34 @@ def _names(step: str) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Pair:
-    """Moments of a group's inputs in the compressed model, of the samples fitted to and of those held out.
+    """Moments of a group's inputs x~ in the compressed model, of the samples fitted to and of those held out.
 
-    cross: E[t x~^T] with t the dense model's input x of this group, or, for the layer that writes the
-    residual stream last, what is missing in the block's output while its weight is still dense.
+    missing: E[t x~^T] with t = x - x~, x the input in the dense model; or, for a layer that writes the
+    residual stream, what is missing in that stream while its weight is still dense. Of such a layer every
+    token counts relative to the stream's squared norm, in `fit` and `held_out` too: what follows normalizes
+    it, and a few are a thousand times the others. dense, compressed: of x and x~ of all of these samples,
+    not so weighed. ends: whether it is the block's output that this layer writes.
     """
 
     fit: Moments
-    fit_cross: CrossMoments
+    fit_missing: CrossMoments
     held_out: Moments
-    held_out_cross: CrossMoments
+    held_out_missing: CrossMoments
+    dense: Moments
+    compressed: Moments
     writes_residual: bool
+    ends: bool
+
+    def missing(self, W_OI: Tensor, cross: CrossMoments) -> Tensor:
+        """E[m x~^T], (O, I): m is what the output lacks with the dense weight on the compressed inputs."""
+        return cross.mean if self.writes_residual else W_OI @ cross.mean
+
+    def missing_mean(self, W_OI: Tensor, cross: CrossMoments) -> Tensor:
+        return cross.target_mean if self.writes_residual else W_OI @ cross.target_mean
+
+    def moments(self, observed: Moments) -> Moments:
+        """Of x~ on all samples. observed: of x."""
+        return observed.moved(self.dense, self.compressed)
 
 
 def pair_moments(
@@ -101,33 +134,52 @@ def pair_moments(
     """Moments of one group's inputs in both models; of the group that writes the residual stream last also
     what `TwoStreams.move_on` needs. tokens: weights by batch, none: alike."""
     stream, dense_inputs = streams.compressed, streams.dense_inputs[group.name]
-    last = group is replay.layout.blocks[index].groups[-1] and len(group.linears) == 1
-    writes = last and replay.writes_residual(index, group.name, stream[0])
+    residual = Residual.NOWHERE
+    if len(group.linears) == 1:
+        residual = replay.residual_of(index, group.name, stream[0])
+    # What other groups add to the output is not known before they are fitted.
+    ends = residual is Residual.AFTER and group is replay.layout.blocks[index].groups[-1]
+    writes = ends or residual is Residual.AMID
+    weight_OI = weight_slot(replay.model, group.name).read()
     rows = group.linears[0].shape.out_features if writes else group.in_features
     device = exact_device(replay.model.device)
     parts = [
         (Moments(group.in_features, device), CrossMoments(rows, group.in_features, device)) for _ in range(2)
     ]
-    first_held_out = fitted_samples(sum(replay.batch_sizes))
+    dense, alike = Moments(group.in_features, device), Moments(group.in_features, device)
+    count = sum(replay.batch_sizes[: len(stream)])
+    first_held_out = count - max(1, count // _CHOOSING)
 
     def observe(batch: int, hidden: Tensor, output: Tensor, inputs: dict[str, Tensor]) -> None:
-        x, t = inputs[group.name], dense_inputs[batch]
+        x, own = inputs[group.name], dense_inputs[batch]
+        weights = tokens[batch].view(len(hidden), -1) if batch in tokens else None
+        dense.update_(own, None if weights is None else weights.flatten())
+        t = own.float() - x.float()
         if writes:
+            alike.update_(x, None if weights is None else weights.flatten())
+            found = output if ends else hidden
+            aim = (streams.dense_outputs if ends else streams.dense)[batch].float()
+            added = 0.0 if ends else linear(t, weight_OI).view_as(found)
+            t = aim - found.float() + added
+            norms = aim.square().sum(-1).view(len(hidden), -1)
+            level = norms.mean().clamp(min=torch.finfo(torch.float32).tiny)
+            weights = 1 / (norms / level).clamp(min=_LEAST_NORM)
+        if ends:
             streams.last_outputs.put(batch, output)
             streams.last_inputs.put(batch, x)
-            t = streams.dense_outputs[batch].float() - output.float()
         # Some families flatten (samples, tokens) before their linears.
         x, t = (z.reshape(len(hidden), -1, z.shape[-1]) for z in (x, t))
         seen = sum(replay.batch_sizes[:batch])
         cut = min(max(first_held_out - seen, 0), len(hidden))
-        weights = tokens[batch].view(len(hidden), -1) if batch in tokens else None
         for (moments, cross), part in zip(parts, (slice(None, cut), slice(cut, None)), strict=True):
             if len(x[part]):
                 weights_T = None if weights is None else weights[part].flatten()
                 moments.update_(x[part], weights_T)
                 cross.update_(t[part], x[part], weights_T)
 
-    replay.pass_(index, stream, observe=observe, until=None if writes else group.name)
+    replay.pass_(index, stream, observe=observe, until=None if ends else group.name)
     dense_inputs.drop()
     (fit, fit_cross), (rest, rest_cross) = parts
-    return Pair(fit, fit_cross, rest, rest_cross, writes)
+    return Pair(
+        fit, fit_cross, rest, rest_cross, dense, alike if writes else fit + rest, writes, ends
+    )  # fmt: skip

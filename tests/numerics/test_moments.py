@@ -128,3 +128,24 @@ def test_sums_stay_exact_where_the_tokens_device_has_no_float64(generator: torch
     assert torch.equal(here.mean, there.mean)
     assert torch.equal(cross_here.mean, cross_there.mean)
     assert torch.equal(cross_here.target_mean, cross_there.target_mean)
+
+
+def test_all_tokens_move_as_a_part_of_them_does(generator: torch.Generator) -> None:
+    """Exactly where the part is all of them, or where all move alike; weights and counts are those of all."""
+    x_TI = torch.randn(60, 5, generator=generator, dtype=torch.float64)
+    weights_T = torch.rand(60, generator=generator)
+
+    def moments(x_TI: torch.Tensor, weights_T: torch.Tensor) -> Moments:
+        found = Moments(5)
+        found.update_(x_TI, weights_T)
+        return found
+
+    whole, part = moments(x_TI, weights_T), moments(x_TI[:20], weights_T[:20])
+    after = moments(x_TI + 1, weights_T)
+    moved = whole.moved(whole, after)
+    torch.testing.assert_close(moved.gram, after.gram, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(moved.mean, after.mean, rtol=1e-5, atol=1e-6)
+    assert (moved.count, moved.weight) == (whole.count, whole.weight)
+    doubled = whole.moved(part, moments(2 * x_TI[:20], weights_T[:20]))
+    torch.testing.assert_close(doubled.gram, whole.gram + 3 * part.gram, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(doubled.mean, whole.mean + part.mean, rtol=1e-5, atol=1e-6)
