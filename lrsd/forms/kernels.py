@@ -15,6 +15,8 @@ def split_integers(codes_OI: Tensor) -> dict[str, Tensor]:
     """Q (O, I) a byte each: `codes` int8, where the few columns with larger integers are zero; these in
     `wide_codes` (O, K), their numbers in `wide` (K,). Where half of all columns are wide, `codes` alone, of
     the narrowest type that holds them all."""
+    if codes_OI.dtype == torch.int8:
+        return {"codes": codes_OI.contiguous()}
     wide_I = (codes_OI > 127).any(0) | (codes_OI < -128).any(0)
     columns_K = wide_I.nonzero().flatten()
     if 2 * len(columns_K) >= codes_OI.shape[1]:

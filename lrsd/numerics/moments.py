@@ -7,9 +7,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from lrsd.errors import SolverError
+
 # Column blocks in which the upper triangle of x^T x is computed: with 4 blocks 10/16 of the
 # multiplications are left, with more the blocks get too narrow for a fast matrix product.
 _TRIANGLE_BLOCKS = 4
+
+
+# Of a part's moments, in units of their diagonal, before its inverse tells how they moved.
+_RIDGE = 1e-4
 
 
 @dataclass
@@ -54,14 +60,21 @@ class Moments:
         return merged
 
     def moved(self, before: "Moments", after: "Moments") -> "Moments":
-        """What is expected of these tokens from how a part of them moved: G + G_after - G_before; so the mean
-        too. The more alike `before` and `after` are, the less it matters how few they are."""
+        """What is expected of these tokens from how a part of them moved.
+
+        With L L^T = G_before and M M^T = G_after: G becomes T G T^T, T = M L^-1, which no direction can make
+        negative; the mean moves as the part's does. Exact where the part is all of them. Raises: SolverError.
+        """
+        if before.count == self.count:
+            return after
+        diagonal_I = before.gram.diagonal()
+        least = max(_RIDGE * float(diagonal_I.mean()), torch.finfo(torch.float32).tiny)
+        ridge_I = _RIDGE * diagonal_I.clamp(min=least)
+        L_II, M_II = (_cholesky(part.gram + ridge_I.diag()) for part in (before, after))
+        T_II = torch.linalg.solve_triangular(L_II, M_II, upper=False, left=False)
         moved = Moments(self.width, self.device, self.count, self.weight)
-        for sums, own, now, then, total, part in (
-            (moved._upper_II, self._upper_II, after._upper_II, before._upper_II, self.weight, before.weight),
-            (moved._sum_I, self._sum_I, after._sum_I, before._sum_I, self.count, before.count),
-        ):
-            sums += own + (now - then) * (total / (part or 1))
+        moved._upper_II += T_II @ self.gram @ T_II.T * self.weight
+        moved._sum_I += self._sum_I + (after.mean - before.mean) * self.count
         return moved
 
     def scaled(self, count: int) -> "Moments":
@@ -150,6 +163,13 @@ class CrossMoments:
     def target_mean(self) -> Tensor:
         """E[t], (O,) float64, all tokens alike."""
         return self._sum_O / max(self.count, 1)
+
+
+def _cholesky(gram_II: Tensor) -> Tensor:
+    lower_II, failed = torch.linalg.cholesky_ex(gram_II)
+    if failed:
+        raise SolverError("the moments of its inputs are not finite or not positive semidefinite")
+    return lower_II
 
 
 def energy(W_OI: Tensor, gram_II: Tensor) -> float:
