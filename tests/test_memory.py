@@ -142,10 +142,12 @@ def test_the_time_estimated_grows_with_the_text_and_with_propagation(
 ) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     layout = find_layout(model, Samples({"input_ids": torch.zeros(1, 8, dtype=torch.int64)}))
-    short, long = (estimate_time(layout, 60.0, batches, rounds=rounds) for batches in (2, 4))
+    short, long = (estimate_time(layout, 60.0, batches, batches, rounds=rounds) for batches in (2, 4))
     assert short.total(propagate=False) == pytest.approx(180, rel=0.05)
     assert long.total(propagate=False) == pytest.approx(360, rel=0.05)
     assert short.total(propagate=True) == pytest.approx(540, rel=0.05)
+    few = estimate_time(layout, 60.0, 4, 2, rounds=rounds)
+    assert few.total(propagate=True) == pytest.approx(720, rel=0.05)
     # Of a calibration pass that took twice as long as estimated, so will the rest.
     for propagate in (False, True):
         rest = short.total(propagate=propagate) - short.observe

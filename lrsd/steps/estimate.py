@@ -16,6 +16,7 @@ from lrsd.numerics.divergence import DISTANCE_VALUES
 from lrsd.recipe import Recipe
 from lrsd.settings import parse_size
 from lrsd.steps.plan import compared_rows, may_propagate, needs_sensitivity
+from lrsd.steps.propagate import PROPAGATED
 from lrsd.steps.sensitivity import probe_rows
 from lrsd.work.process import peak_rss
 from lrsd.work.residency import Residence
@@ -32,13 +33,13 @@ _KEPT = 2
 _COPIES = 5
 # Arrays and Python objects of a layer's menu: 387 offers of three numbers each.
 _MENU = 20_000
-# Streams of hidden states on disk at once: entering block 0, entering this block, leaving it; with
-# propagation a dense and a compressed pair, and what the block's last layer adds to the residual stream.
-_STREAMS = {False: 3, True: 6}
-# Time as multiples of one pass over the calibration text, of the calibration pass and of a fit that
-# propagates; and of one product W G of every layer in float64, with codes and at 16 bit, of each. Fitted to
-# SmolLM2-135M on two cores (`scripts/bench_peer_time.py`, `scripts/bench_time.py --bits 16`): a rough guess
-# anywhere else.
+# Streams of hidden states on disk at once: entering block 0, entering this block, leaving it; and of the
+# samples that propagation follows a pair instead of one, and what the block's last layer adds to the stream.
+_STREAMS, _PAIR_STREAMS = 3, 3
+# Time as multiples of one pass over the calibration text, of the calibration pass and, over the samples that
+# are followed, of a fit that propagates; and of one product W G of every layer in float64, with codes and at
+# 16 bit, of each. Fitted to SmolLM2-135M on two cores (`scripts/bench_peer_time.py`,
+# `scripts/bench_time.py --bits 16`): a rough guess anywhere else.
 _OBSERVE_PASSES, _FIT_PASSES = 1.5, 3
 _OBSERVE_PRODUCTS, _FIT_PRODUCTS = {True: 42, False: 48}, {True: 13, False: 72}
 # Side of the matrices by which the machine's speed is taken.
@@ -109,10 +110,12 @@ def estimate_resources(
     weights = residence.weights((block.name for block in layout.blocks), budget)
     memory = residence.at_rest() + weights + _MENU * len(layout.linears) + max(working)
     stored = sum(2 * group.in_features**2 for group in layout.groups)
-    streams = _STREAMS[propagate] * layout.stream_width
+    hidden = samples.positions * _STREAMS * layout.stream_width
     if propagate:
-        streams += max(sum(group.in_features for group in block.groups) for block in layout.blocks)
-    disk = stored + value * samples.positions * streams + 2 * budget + kept
+        inputs = max(sum(group.in_features for group in block.groups) for block in layout.blocks)
+        followed = samples[: PROPAGATED + recipe.calibration.batch - 1].positions
+        hidden += followed * (_PAIR_STREAMS * layout.stream_width + inputs)
+    disk = stored + value * hidden + 2 * budget + kept
     return ResourceEstimate(max(memory, peak_rss()), disk)
 
 
@@ -153,8 +156,11 @@ def _vocabulary(model: Model) -> int:
     return head.weight.shape[0] if head is not None else 0
 
 
-def estimate_time(layout: Layout, per_batch: float, batches: int, *, rounds: bool) -> TimeEstimate:
-    """Roughly. per_batch: seconds of one batch through all blocks; rounds: whether to integers."""
+def estimate_time(
+    layout: Layout, per_batch: float, batches: int, propagated: int, *, rounds: bool
+) -> TimeEstimate:
+    """Roughly. per_batch: seconds of one batch through all blocks; propagated: batches that are followed;
+    rounds: whether to integers."""
     left = torch.randn(_SIDE, _SIDE, dtype=torch.float64)
     start = time.perf_counter()
     left @ left
@@ -162,11 +168,10 @@ def estimate_time(layout: Layout, per_batch: float, batches: int, *, rounds: boo
     products = per_product * sum(
         s.shape.out_features * s.shape.in_features**2 for s in layout.linears.values()
     )
-    one_pass = per_batch * batches
     return TimeEstimate(
-        _OBSERVE_PASSES * one_pass + _OBSERVE_PRODUCTS[rounds] * products,
+        _OBSERVE_PASSES * per_batch * batches + _OBSERVE_PRODUCTS[rounds] * products,
         _FIT_PRODUCTS[rounds] * products,
-        _FIT_PASSES * one_pass,
+        _FIT_PASSES * per_batch * propagated,
     )
 
 

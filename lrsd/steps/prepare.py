@@ -22,6 +22,7 @@ from lrsd.steps.estimate import (
 )
 from lrsd.steps.observe import Observation, fitted_samples, observe_model
 from lrsd.steps.plan import PLAN_STEP, Plan, choose_plan, may_propagate, needs_sensitivity
+from lrsd.steps.propagate import propagated_batches
 from lrsd.steps.source import SourceModel
 from lrsd.work.journal import Journal
 
@@ -126,7 +127,9 @@ def start_replay(
     start = time.perf_counter()
     replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.release)
     per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
-    seconds = estimate_time(layout, per_batch, len(batches), rounds=recipe.method.rounds)
+    seconds = estimate_time(
+        layout, per_batch, len(batches), propagated_batches(replay), rounds=recipe.method.rounds
+    )
     left = 1 - (journal.count("observe-") + journal.count("fit-")) / (2 * len(layout.blocks))
     minutes = left * seconds.total(propagate=may_propagate(recipe)) / 60
     if loaded.ignored:

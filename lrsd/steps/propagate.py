@@ -17,7 +17,7 @@ from lrsd.work.journal import Workspace
 from lrsd.work.streams import Leading, Stream
 
 # Samples whose errors are followed through the model: how inputs move there is added to the moments of all.
-_PROPAGATED = 16
+PROPAGATED = 16
 # One in so many of them chooses how far a target is followed.
 _CHOOSING = 4
 
@@ -84,7 +84,7 @@ class TwoStreams:
 def propagated_batches(replay: Replay) -> int:
     """The leading batches that are run through the compressed model."""
     samples = list(accumulate(replay.batch_sizes))
-    return 1 + next((i for i, count in enumerate(samples) if count >= _PROPAGATED), len(samples) - 1)
+    return 1 + next((i for i, count in enumerate(samples) if count >= PROPAGATED), len(samples) - 1)
 
 
 def fit_step(index: int) -> str:

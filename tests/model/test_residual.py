@@ -125,6 +125,6 @@ def test_a_layer_that_writes_the_stream_is_aimed_at_what_is_missing_there(
 def test_errors_are_followed_on_the_first_samples(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     replay = replay_of(make_model(CONFIGS["llama"]))
     for samples, batches in ((1, 1), (2, 1), (3, 2), (100, 2)):
-        monkeypatch.setattr("lrsd.steps.propagate._PROPAGATED", samples)
+        monkeypatch.setattr("lrsd.steps.propagate.PROPAGATED", samples)
         assert propagated_batches(replay) == batches
         assert len(TwoStreams.start(Workspace(), replay, 0).dense_outputs) == batches
