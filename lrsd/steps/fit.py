@@ -15,21 +15,18 @@ from lrsd.model.layout import InputGroup
 from lrsd.model.replay import Replay
 from lrsd.model.slots import WeightSlot, weight_slot
 from lrsd.numerics.menu import Choice
-from lrsd.numerics.metric import Metric
 from lrsd.numerics.solver import propagated_target
 from lrsd.numerics.weights import row_scales
 from lrsd.progress import Progress
 from lrsd.steps.budget import ByteLedger
 from lrsd.steps.observe import Observation, layer_problem
 from lrsd.steps.plan import Plan
-from lrsd.steps.propagate import Pair, TwoStreams, fit_step, pair_moments
+from lrsd.steps.propagate import Pair, TwoStreams, fit_step, pair_moments, ways_of
 from lrsd.work.journal import Workspace
 from lrsd.work.process import release_freed
 
 T = TypeVar("T")
 
-# Ridges of the propagated target tried on held-out text, in units of the mean diagonal.
-_RIDGES = (1e-2, 1e-1, 1.0)
 # Tries at the last layer's step: bisection to less than its share of the slack takes about ten.
 _TRIALS = 30
 # Bits per weight beyond which no step changes the bytes any more.
@@ -203,27 +200,14 @@ class _BlockFit:
         group share the metric, so that their rows are solved for together.
         """
         statistics = self.observation.statistics[group.name]
-        own = {
-            s.name: layer_problem(self.replay, s.name, Metric(pair.fit.gram), math.inf) for s in group.linears
-        }
-        W_OI = torch.cat([problem.W_OI for problem in own.values()])
-        # Choosing needs no more than float32.
-        fit_II, held_out_II = pair.fit.gram.float(), pair.held_out.gram.float()
-        fit_OI = pair.missing(W_OI, pair.fit_missing).float()
-        missing_OI = pair.missing(W_OI, pair.held_out_missing).float()
-        paths = []
-        for ridge in _RIDGES:
-            step_OI = propagated_target(torch.zeros_like(fit_OI), fit_II, fit_OI, damping=ridge)[0]
-            curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
-            paths.append((ridge, curvatures_O, (step_OI * missing_OI).sum(1)))
-        # Matrices of a wide layer's inputs take gigabytes.
-        del fit_II, held_out_II, fit_OI, missing_OI, step_OI
         moments, cross = pair.moments(statistics.moments), pair.fit_missing + pair.held_out_missing
-        metric, missing_OI = self.method.metric(moments), pair.missing(W_OI, cross)
+        metric = self.method.metric(moments)
+        own = {s.name: layer_problem(self.replay, s.name, metric, math.inf) for s in group.linears}
+        W_OI = torch.cat([problem.W_OI for problem in own.values()])
+        ways, missing_OI = ways_of(pair, W_OI), pair.missing(W_OI, cross)
         solving_II = (pair.fit + pair.held_out).gram if pair.writes_residual else metric.gram
         full: dict[float, tuple[Tensor, float]] = {}
-        input_mean_I = moments.mean
-        mean_O = W_OI @ input_mean_I + pair.missing_mean(W_OI, cross)
+        mean_O = W_OI @ moments.mean + pair.missing_mean(W_OI, cross)
         targets, end = {}, 0
         for spec in group.linears:
             start, end = end, end + spec.shape.out_features
@@ -231,14 +215,7 @@ class _BlockFit:
             importances_O = torch.ones_like(W_OI[start:end, 0])
             if rows_O is not None:
                 importances_O = row_scales(rows_O).to(importances_O) ** -2
-            gains = []
-            for ridge, curvatures_O, slopes_O in paths:
-                curvature, slope = (
-                    float(x_O[start:end].double() @ importances_O) for x_O in (curvatures_O, slopes_O)
-                )
-                weight = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
-                gains.append((weight * (2 * slope - weight * curvature), weight, ridge))
-            _, weight, ridge = max(gains)
+            _, weight, ridge = max(way.best(slice(start, end), importances_O) for way in ways)
             own_OI = W_OI[start:end]
             # Of a layer without weights the plan knows the step of nothing only.
             weight = weight if own_OI.any() else 0.0
@@ -247,11 +224,7 @@ class _BlockFit:
             full_OI, damping = full[ridge]
             W_target_OI = own_OI + weight * (full_OI[start:end] - own_OI)
             problem = replace(
-                own[spec.name],
-                W_OI=W_target_OI,
-                metric=metric,
-                input_mean_I=input_mean_I,
-                target_mean_O=mean_O[start:end],
+                own[spec.name], W_OI=W_target_OI, input_mean_I=moments.mean, target_mean_O=mean_O[start:end]
             )
             targets[spec.name] = _Target(problem.weighted(rows_O), weight, damping)
         return targets

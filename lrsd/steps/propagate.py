@@ -13,6 +13,7 @@ from lrsd.model.load import exact_device
 from lrsd.model.replay import Replay, Residual
 from lrsd.model.slots import weight_slot
 from lrsd.numerics.moments import CrossMoments, Moments
+from lrsd.numerics.solver import propagated_target
 from lrsd.work.journal import Workspace
 from lrsd.work.streams import Leading, Stream
 
@@ -21,6 +22,8 @@ PROPAGATED = 16
 # One in so many of them chooses how far a target is followed.
 _CHOOSING = 4
 
+# Ridges of the targets that are tried, in units of the mean diagonal.
+_RIDGES = (1e-2, 1e-1, 1.0)
 # Squared norm, in units of the mean, that every token is taken to have at least.
 _LEAST_NORM = 1e-6
 
@@ -183,3 +186,33 @@ def pair_moments(
     return Pair(
         fit, fit_cross, rest, rest_cross, dense, alike if writes else fit + rest, writes, ends
     )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Way:
+    """W*, at one ridge: by output channel the slope and the curvature of the held-out error from W to W*."""
+
+    ridge: float
+    slopes_O: Tensor
+    curvatures_O: Tensor
+
+    def best(self, rows: slice, importances_O: Tensor) -> tuple[float, float, float]:
+        """What the best step takes from the error of these rows; how far it goes, 0 to 1; and the ridge."""
+        slope, curvature = (
+            float(found_O[rows].double() @ importances_O) for found_O in (self.slopes_O, self.curvatures_O)
+        )
+        length = min(max(slope / curvature, 0.0), 1.0) if curvature > 0 else 0.0
+        return length * (2 * slope - length * curvature), length, self.ridge
+
+
+def ways_of(pair: Pair, W_OI: Tensor) -> list[Way]:
+    """One for each ridge that is tried, in float32: choosing needs no more. Raises: SolverError."""
+    fit_II, held_out_II = pair.fit.gram.float(), pair.held_out.gram.float()
+    fit_OI = pair.missing(W_OI, pair.fit_missing).float()
+    held_out_OI = pair.missing(W_OI, pair.held_out_missing).float()
+    ways = []
+    for ridge in _RIDGES:
+        step_OI = propagated_target(torch.zeros_like(fit_OI), fit_II, fit_OI, damping=ridge)[0]
+        curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
+        ways.append(Way(ridge, (step_OI * held_out_OI).sum(1), curvatures_O))
+    return ways
