@@ -28,6 +28,7 @@ class Groupwise(Form):
     group: int
     name: ClassVar[str] = "groupwise"
     decodes: ClassVar[bool] = True
+    encoded: ClassVar[tuple[str, ...]] = ("codes",)
 
     def __post_init__(self) -> None:
         if not 1 <= self.bits <= 8 or self.group < 1:
@@ -60,6 +61,9 @@ class Groupwise(Form):
             .view_as(scales)
             .to(torch.uint8),
         }
+
+    def encode(self, loaded: Tensors, tensors: Tensors) -> dict[str, Tensor]:
+        return {"codes": pack_codes(loaded["codes"], self.bits)}
 
     def forward(self, loaded: Tensors, x: Tensor, shape: Shape) -> Tensor:
         return linear(x, self.dense(loaded, shape).to(x.dtype))

@@ -162,7 +162,7 @@ def promised(found: Tried, choice: Choice) -> float:
     """The most that an offer may lose when it is solved."""
     storage = 2e-4  # of values and factors in bfloat16: (2^-9)^2 times a few, and heavy inputs
     if "step" in (choice.parameters or {}):  # predicted for many normal weights; here they are few, and not
-        return 1.6 * choice.error + storage if choice.error < 0.1 else 1.0
+        return 1.8 * choice.error + storage if choice.error < 0.1 else 1.0
     if "bits" in (choice.parameters or {}):
         return 2.0 * choice.error + storage  # each bit beyond 4 is said to quarter it
     if isinstance(found.method, METHODS["ssd"]) or choice.number("entries", -1) >= 0:
