@@ -25,8 +25,9 @@ from lrsd.work.residency import Residence
 # factor and an inverse; and weights in float64 or twice in float32.
 _SQUARES, _WEIGHTS = 5, 4
 # The same for a group that is fitted on the compressed model's activations: moments and cross moments of two
-# parts, their sums, G, damped, and its factor; own weights, targets and steps of all its layers together.
-_PAIR_SQUARES, _PAIR_WEIGHTS = 9, 8
+# parts, those of all in both models, G as it moved, damped, and factors; own weights, targets and steps of
+# all its layers together.
+_PAIR_SQUARES, _PAIR_WEIGHTS = 15, 8
 # Activations that a derivative keeps, as multiples of what goes into a block's layers and comes out of them.
 _KEPT = 2
 # Float32 copies of logits while two models' are compared: their log-probabilities, and what becomes of them.
