@@ -62,8 +62,10 @@ class Moments:
     def moved(self, before: "Moments", after: "Moments") -> "Moments":
         """What is expected of these tokens from how a part of them moved.
 
-        With L L^T = G_before and M M^T = G_after: G becomes T G T^T, T = M L^-1, which no direction can make
-        negative; the mean moves as the part's does. Exact where the part is all of them. Raises: SolverError.
+        With Cholesky factors L L^T = G_before and M M^T = G_after: G becomes T G T^T, T = M L^-1. Of all maps
+        with T G_before T^T = G_after it is the triangular one, next to 1 where little moved; no direction can
+        become negative. The mean moves as the part's does. Exact where the part is all of them.
+        Raises: SolverError.
         """
         if before.count == self.count:
             return after
