@@ -37,6 +37,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lrsd.numerics.ans_side import SideCoder
+from lrsd.numerics.compiled import compiled
 
 # Classes of one row or column, and of the two together; further out there is nothing to gain. 2^(-48/4): one
 # non-zero in 2^24.
@@ -56,7 +57,7 @@ ESCAPE = -128
 # Frequencies are sent in steps of this part of an octave, to 15 octaves below the largest: 2^-PRECISION and
 # smaller are all the same.
 _STEPS, _OCTAVES = 8, 15
-_WEIGHTS = [isqrt(isqrt(isqrt(1 << level + 8 * 4))) for level in range(_STEPS * _OCTAVES + 1)]
+_WEIGHTS = np.array([isqrt(isqrt(isqrt(1 << level + 8 * 4))) for level in range(_STEPS * _OCTAVES + 1)])
 # What a magnitude costs in a table, in bits, and a table beside them: measured, on average.
 _LEVEL_BITS, _TABLE_BITS = 3.0, 5.0
 # What an escaped value costs beyond its symbol: sign, exponent and some bits.
@@ -155,33 +156,59 @@ def _signs(size: int, shift: int) -> NDArray[np.int64]:
 
 
 def _symbols(size: int, shift: int) -> NDArray[np.int64]:
-    magnitudes = np.arange(size)
-    pairs = np.stack([magnitudes, ~magnitudes if shift else -magnitudes], 1).flatten()
-    return pairs if shift else np.delete(pairs, 1)
+    pairs = np.empty(2 * size, np.int64)
+    pairs[::2] = np.arange(size)
+    pairs[1::2] = ~pairs[::2] if shift else -pairs[::2]
+    return pairs if shift else pairs[1:]
 
 
 def _frequencies(levels: NDArray[np.int64], size: int, shift: int) -> NDArray[np.int64]:
     """Levels as frequencies that add up to TOTAL, none of them 0 but the escape's where it has no level."""
-    levels = (levels - levels.max() + _STEPS * _OCTAVES).clip(0)
-    weights = np.array([_WEIGHTS[level] for level in levels.tolist()])
-    each = np.repeat(weights[:size], _signs(size, shift))
-    each = np.append(each, weights[size:])
-    frequencies = np.maximum(1, (2 * each * TOTAL + each.sum()) // (2 * each.sum()))
-    while (
-        wrong := TOTAL - int(frequencies.sum())
-    ) != 0:  # one by one from the most frequent, the first of them
-        frequencies[frequencies.argmax()] += 1 if wrong > 0 else -1
-    return frequencies if levels.size > size else np.append(frequencies, 0)
+    symbols = 2 * size - (shift == 0)
+    frequencies = np.zeros(symbols + 1, np.int64)
+    _share_out(levels, size, _WEIGHTS, frequencies[: symbols + levels.size - size])
+    return frequencies
+
+
+@compiled
+def _share_out(levels, size, weights, frequencies):  # type: ignore[no-untyped-def]
+    """TOTAL by the weights of levels; of the first `size`, each has two symbols, the first one the rest."""
+    lift = weights.size - 1 - levels.max()
+    both = frequencies.size - (levels.size - size)
+    place = total = np.int64(0)
+    for i in range(levels.size):
+        weight = weights[max(levels[i] + lift, 0)]
+        symbols = 1 if i >= size else 2 if i else 2 - (2 * size - both)
+        for _ in range(symbols):
+            frequencies[place] = weight
+            place += 1
+            total += weight
+    left = np.int64(TOTAL)
+    for i in range(frequencies.size):
+        frequencies[i] = max(1, (2 * frequencies[i] * TOTAL + total) // (2 * total))
+        left -= frequencies[i]
+    while left:  # one by one from the most frequent, the first of them
+        step = np.int64(1 if left > 0 else -1)
+        frequencies[frequencies.argmax()] += step
+        left -= step
 
 
 def decode_slots(tables: list[Table]) -> NDArray[np.uint32]:
     """For each table, for each of TOTAL slots: symbol (8 bits), frequency - 1 (12), place within it (12)."""
-    slots = []
-    for table in tables:
-        of = np.repeat(np.arange(table.frequencies.size), table.frequencies)
-        place = np.arange(TOTAL) - (np.cumsum(table.frequencies) - table.frequencies)[of]
-        slots.append(table.symbols[of] & 255 | table.frequencies[of] - 1 << 8 | place << 8 + PRECISION)
-    return np.concatenate(slots).astype(np.uint32)
+    slots = np.empty((len(tables), TOTAL), np.uint32)
+    for entry, table in zip(slots, tables, strict=True):
+        _fill_slots(table.symbols, table.frequencies, entry)
+    return slots.flatten()
+
+
+@compiled
+def _fill_slots(symbols, frequencies, slots):  # type: ignore[no-untyped-def]
+    slot = 0
+    for i in range(symbols.size):
+        entry = np.uint32(symbols[i] & 255 | frequencies[i] - 1 << 8)
+        for place in range(frequencies[i]):
+            slots[slot] = entry | np.uint32(place << 8 + PRECISION)
+            slot += 1
 
 
 def encode_slots(tables: list[Table]) -> NDArray[np.uint32]:
