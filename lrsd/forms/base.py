@@ -81,6 +81,10 @@ class Form:
         """The tensors as `forward` reads them. Raises: ValueError for damaged ones."""
         return tensors
 
+    def moved(self, loaded: Tensors, device: torch.device) -> Tensors:
+        """What `load` made, on another device."""
+        return {name: tensor.to(device) for name, tensor in loaded.items()}
+
     def encode(self, loaded: Tensors, tensors: Tensors) -> dict[str, Tensor]:
         """Those of `encoded` again, to the byte, from what `load` made of them and the other tensors."""
         raise NotImplementedError

@@ -1,14 +1,106 @@
 """Integer weights in memory, and products with them."""
 
+from functools import cache
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
 from lrsd.forms.base import Tensors
+from lrsd.numerics.nibbles import (
+    NIBBLES,
+    nibble_product,
+    pack_nibbles,
+    region_bounds,
+    unpack_nibbles,
+)
+from lrsd.numerics.rounding import column_steps
 
 # Tokens up to which torch's int8 kernel beats widening the codes for a dense product, on a CPU: at one
 # token it takes a seventh of the time, at sixteen as much, at 512 four times as much.
 _KERNEL_TOKENS = 8
+# Integers that are opened at once for a product with many tokens.
+_UNPACKED = 2**24
+
+
+def held_integers(values_IO: Tensor, states: int) -> dict[str, Tensor]:
+    """Q^T (I, O) as products read it: on a CPU by `pack_nibbles`, elsewhere a byte each by
+    `split_integers`."""
+    if values_IO.device.type == "cpu":
+        return pack_nibbles(values_IO, states)
+    return split_integers(values_IO.T)
+
+
+def whole_integers(held: Tensors, states: int) -> Tensor:
+    """Q (O, I) again, from either."""
+    if "nibbles" not in held:
+        return joined_integers(held)
+    in_order_OI = unpack_nibbles(held, states)
+    return torch.empty_like(in_order_OI).index_copy_(1, held["order"].long(), in_order_OI)
+
+
+def nibbles_product(
+    x: Tensor, held: Tensors, states: int, steps_I: Tensor, row_steps_O: Tensor, exponent: int
+) -> Tensor:
+    """x (..., I) times what `numerics.nibbles` holds, with steps for columns and, unless empty, rows."""
+    args = x, [held[name] for name in NIBBLES], states, steps_I, row_steps_O, exponent
+    # A compiler cannot look into loops that are compiled already, nor can autograd.
+    if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
+        return torch.ops.lrsd.nibbles(*args)
+    return _nibbles(*args)
+
+
+def _nibbles(
+    x: Tensor, tensors: list[Tensor], states: int, steps_I: Tensor, row_steps_O: Tensor, exponent: int
+) -> Tensor:
+    held = dict(zip(NIBBLES, tensors, strict=True))
+    if x.numel() <= _KERNEL_TOKENS * x.shape[-1]:
+        flat = x.reshape(-1, x.shape[-1]).float().contiguous()
+        y_TO = nibble_product(flat, held, states, steps_I, row_steps_O, 2.0 ** (exponent / 8))
+        return y_TO.to(x.dtype).view(*x.shape[:-1], -1)
+    # Steps go onto x and y: codes are small integers, exact in 16 bit.
+    dtype = x.dtype if has_kernels(x.dtype) else torch.float32
+    order = held["order"]
+    scaled = (x[..., order] * column_steps(steps_I[order], exponent).to(x.dtype)).to(dtype)
+    bounds, rows = region_bounds(held), int(held["sizes"][0])
+    each = max(1, _UNPACKED // (rows * bounds[1]))
+    y = scaled.new_zeros(*x.shape[:-1], rows)
+    for first in range(0, len(bounds) - 1, each):
+        last = min(first + each, len(bounds) - 1)
+        codes = unpack_nibbles(held, states, first, last).to(dtype)
+        y += linear(scaled[..., bounds[first] : bounds[last]], codes)
+    if row_steps_O.numel():
+        y *= column_steps(row_steps_O, 0)
+    return y.to(x.dtype)
+
+
+@torch.library.custom_op("lrsd::nibbles", mutates_args=())
+def _nibbles_op(
+    x: Tensor, tensors: list[Tensor], states: int, steps_I: Tensor, row_steps_O: Tensor, exponent: int
+) -> Tensor:
+    return _nibbles(x, tensors, states, steps_I, row_steps_O, exponent)
+
+
+@_nibbles_op.register_fake
+def _(x: Tensor, tensors: list[Tensor], *_: Any) -> Tensor:
+    return x.new_empty(*x.shape[:-1], tensors[NIBBLES.index("counts")].shape[1])
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.rest = inputs[1:]
+
+
+def _gradient(ctx: Any, gradient: Tensor) -> tuple[Any, ...]:
+    tensors, states, steps_I, row_steps_O, exponent = ctx.rest
+    if row_steps_O.numel():
+        gradient = gradient * column_steps(row_steps_O, 0).to(gradient.dtype)
+    codes_OI = whole_integers(dict(zip(NIBBLES, tensors, strict=True)), states)
+    of_x = gradient @ codes_OI.to(gradient.dtype) * column_steps(steps_I, exponent).to(gradient.dtype)
+    return of_x, [None] * len(tensors), None, None, None, None
+
+
+_nibbles_op.register_autograd(_gradient, setup_context=_keep)
 
 
 def split_integers(codes_OI: Tensor) -> dict[str, Tensor]:
@@ -51,6 +143,16 @@ def integer_product(x: Tensor, codes_OI: Tensor) -> Tensor:
         product = torch._weight_int8pack_mm(flat, codes_OI, flat.new_ones(codes_OI.shape[0]))
         return product.view(*x.shape[:-1], -1)
     return linear(x, codes_OI.to(x.dtype))
+
+
+@cache
+def has_kernels(dtype: torch.dtype) -> bool:
+    """Whether torch multiplies matrices of this type at full speed on this CPU."""
+    if dtype is torch.bfloat16:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    if dtype is torch.float16:
+        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return True
 
 
 def narrowest(codes: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ class PackedLinear(nn.Module):
         super()._apply(*args, **kwargs)
         if not self.weight.is_meta:
             for index, known in self._decoded.items():
-                self._decoded[index] = {name: t.to(self.weight.device) for name, t in known.items()}
+                self._decoded[index] = self.layer.terms[index].moved(known, self.weight.device)
         return self
 
     def check(self, name: str) -> None:

@@ -8,7 +8,13 @@ import torch
 from torch import Tensor
 
 from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors, check_coded
-from lrsd.forms.kernels import joined_integers, split_integers, split_product
+from lrsd.forms.kernels import (
+    held_integers,
+    nibbles_product,
+    split_integers,
+    split_product,
+    whole_integers,
+)
 from lrsd.numerics.ans import ans_decode, ans_encode
 from lrsd.numerics.rounding import EntropyCodes, column_steps
 from lrsd.numerics.trellis import STATES
@@ -53,7 +59,7 @@ class Trellis(Form):
     def read(self, codes: EntropyCodes, rows_O: Tensor | None = None) -> Tensors:
         """What `load` gives for these codes, which need not be decoded then."""
         tensors = {"steps": codes.offsets_I} | ({} if rows_O is None else {"row_steps": rows_O})
-        return self._loaded(codes.codes_OI, tensors)
+        return split_integers(codes.codes_OI) | tensors
 
     def tensors(self, shape: Shape) -> Specs:
         specs = {
@@ -63,7 +69,7 @@ class Trellis(Form):
         return specs | ({"row_steps": Spec((shape.out_features,), torch.uint8)} if self.scaled else {})
 
     def load(self, tensors: Tensors, shape: Shape) -> Tensors:
-        """Q (O, I) as `split_integers` has it, and the steps (I,) and (O,) in float32."""
+        """Q as `held_integers` has it, and the steps."""
         values_OI = torch.empty(shape.out_features, shape.in_features, device="meta")
         values_IO = ans_decode(tensors["codes"], self.states, *_hints(tensors, values_OI))
         if values_IO.T.shape != values_OI.shape:
@@ -71,24 +77,31 @@ class Trellis(Form):
                 f"entropy-coded stream and steps are those of {tuple(values_IO.T.shape)}, "
                 f"expected {tuple(values_OI.shape)}"
             )
-        return self._loaded(values_IO.T, tensors)
+        steps = {name: tensor for name, tensor in tensors.items() if name != "codes"}
+        return held_integers(values_IO, self.states) | steps
 
     def encode(self, loaded: Tensors, tensors: Tensors) -> dict[str, Tensor]:
-        codes_OI = joined_integers(loaded)
+        codes_OI = whole_integers(loaded, self.states)
         return {"codes": ans_encode(codes_OI.T.contiguous(), self.states, *_hints(tensors, codes_OI))}
 
-    def _loaded(self, codes_OI: Tensor, tensors: Tensors) -> Tensors:
-        loaded = split_integers(codes_OI) | {"steps": column_steps(tensors["steps"], self.exponent)}
-        return loaded | ({"row_steps": column_steps(tensors["row_steps"], 0)} if self.scaled else {})
+    def moved(self, loaded: Tensors, device: torch.device) -> Tensors:
+        if device.type != "cpu" and "nibbles" in loaded:
+            steps = {name: loaded[name] for name in ("steps", "row_steps") if name in loaded}
+            loaded = split_integers(whole_integers(loaded, self.states)) | steps
+        return super(Trellis, self).moved(loaded, device)
 
     def forward(self, loaded: Tensors, x: Tensor, shape: Shape) -> Tensor:
+        steps_I, row_steps_O = loaded["steps"], loaded.get("row_steps", loaded["steps"][:0])
+        if "nibbles" in loaded:
+            return nibbles_product(x, loaded, self.states, steps_I, row_steps_O, self.exponent)
         # Steps go onto x and y: codes are small integers, exact in 16 bit.
-        y = split_product(x * loaded["steps"].to(x.dtype), loaded)
-        return y * loaded["row_steps"].to(x.dtype) if self.scaled else y
+        y = split_product(x * column_steps(steps_I, self.exponent).to(x.dtype), loaded)
+        return y * column_steps(row_steps_O, 0).to(x.dtype) if self.scaled else y
 
     def dense(self, loaded: Tensors, shape: Shape) -> Tensor:
-        dense_OI = joined_integers(loaded).float() * loaded["steps"]
-        return dense_OI * loaded["row_steps"][:, None] if self.scaled else dense_OI
+        codes_OI = whole_integers(loaded, self.states).float()
+        dense_OI = codes_OI * column_steps(loaded["steps"], self.exponent)
+        return dense_OI * column_steps(loaded["row_steps"], 0)[:, None] if self.scaled else dense_OI
 
     def macs(self, shape: Shape) -> int:
         return shape.out_features * shape.in_features

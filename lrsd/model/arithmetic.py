@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+
+from lrsd.forms.kernels import has_kernels
 
 # Below so many rows torch's own loop is as fast as widening the weight.
 _FEW_ROWS = 8
@@ -66,14 +67,4 @@ def _is_narrow(argument: Any) -> bool:
 
 def fast_products(dtype: torch.dtype, device: torch.device) -> AbstractContextManager[Any]:
     """What a model of that type on that device is to be run in: `WideProducts` where there are no kernels."""
-    return WideProducts() if device.type == "cpu" and not _has_kernels(dtype) else nullcontext()
-
-
-@cache
-def _has_kernels(dtype: torch.dtype) -> bool:
-    """Whether torch multiplies matrices of this type at full speed on this CPU."""
-    if dtype is torch.bfloat16:
-        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    if dtype is torch.float16:
-        return bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
-    return True
+    return WideProducts() if device.type == "cpu" and not has_kernels(dtype) else nullcontext()

@@ -12,7 +12,7 @@ from transformers.pytorch_utils import Conv1D
 
 from lrsd.errors import CheckpointError
 from lrsd.forms.base import Shape
-from lrsd.forms.kernels import joined_integers, split_integers, split_product
+from lrsd.forms.kernels import joined_integers, split_integers, split_product, whole_integers
 from lrsd.forms.packed import PackedLinear
 from lrsd.methods import coded, low_rank_sparse
 from lrsd.methods.base import LayerProblem, Solution
@@ -207,7 +207,8 @@ def test_codes_decode_to_the_very_values_that_the_solver_saw(
     found = decomposed(layer, parameters)
     assert found.codes is not None
     packed = packed_linear(rounded(layer, parameters, torch.bfloat16))
-    assert torch.equal(joined_integers(packed.decoded()[-1]).int(), found.codes.codes_OI.int())
+    held, states = packed.decoded()[-1], int(parameters.get("states", 1))
+    assert torch.equal(whole_integers(held, states).int(), found.codes.codes_OI.int())
     if not found.rank and not found.columns_K.numel():
         assert torch.equal(packed.dense_weight(), found.codes.dense())
     in_float = packed_linear(rounded(layer, parameters, torch.float32))
@@ -241,6 +242,25 @@ def test_the_kernel_for_few_tokens_computes_what_the_dense_product_does(
     expected = x.float() @ packed.dense_weight().T
     scale = float(expected.square().mean().sqrt())
     torch.testing.assert_close(packed(x).float(), expected, rtol=0.02, atol=0.03 * scale)
+
+
+@pytest.mark.parametrize("tokens", [2, 40])
+@pytest.mark.parametrize("coding", ["entropy coded", "plain grid"])
+def test_coded_layers_are_compiled_whole_and_differentiated(
+    generator: torch.Generator, coding: str, tokens: int
+) -> None:
+    packed = packed_linear(rounded(random_layer(generator, OUT, IN), CODES[coding], torch.float32))
+    packed.load_state_dict(packed.state_dict())  # decoded from its stream
+    packed.requires_grad_(False)
+    x = torch.randn(tokens, IN, generator=generator, requires_grad=True)
+    compiled = torch.compile(packed, fullgraph=True, backend="aot_eager")
+    expected = x @ packed.dense_weight().T
+    torch.testing.assert_close(compiled(x.detach()), expected, rtol=1e-4, atol=1e-5)
+    y = packed(x)
+    torch.testing.assert_close(y, expected, rtol=1e-4, atol=1e-5)
+    weights = torch.randn(y.shape, generator=generator)
+    (found,) = torch.autograd.grad((y * weights).sum(), x)
+    torch.testing.assert_close(found, weights @ packed.dense_weight(), rtol=1e-4, atol=1e-5)
 
 
 @every_coding

@@ -69,7 +69,7 @@ def test_a_model_is_widened_where_the_cpu_has_no_kernels(
     widened: list[int] = []
     plain = WideProducts.__torch_function__
     monkeypatch.setattr(WideProducts, "__torch_function__", lambda *args: widened.append(1) or plain(*args))
-    monkeypatch.setattr(arithmetic, "_has_kernels", lambda dtype: kernels)
+    monkeypatch.setattr(arithmetic, "has_kernels", lambda dtype: kernels)
     model = load_model(str(tiny_model_dir)).model
     run_model(model, Samples({"input_ids": torch.arange(12).reshape(1, 12)}))
     assert bool(widened) is not kernels

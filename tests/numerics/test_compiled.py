@@ -3,6 +3,7 @@
 import importlib
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -73,3 +74,16 @@ def test_calls_share_as_many_threads_as_torch_has(threads: int, calls: int, used
 def test_an_error_in_a_thread_is_raised() -> None:
     with pytest.raises(ZeroDivisionError):
         in_threads(lambda argument: 1 // argument, [1, 0, 1])
+
+
+def test_numba_is_not_imported_before_its_first_use() -> None:
+    """It takes half a second of every command; and vLLM's workers look into every module that is there."""
+    code = """
+import sys
+import lrsd, lrsd.numerics.nibbles, numpy as np
+from lrsd.numerics.ans_counts import fold
+assert "numba" not in sys.modules
+assert fold(np.int64(-3), np.int64(1)) == 1
+assert "numba" in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
