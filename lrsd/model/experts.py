@@ -103,7 +103,7 @@ def _forward(self: Any, hidden_states: Tensor, *routing: Tensor, **named: Tensor
         token, choice = torch.where(indices_TK == expert)
         up = self.ups[expert](hidden_states[token])
         down = self.downs[expert](self._apply_gate(up) if self.has_gate else self.act_fn(up))
-        if self.has_post_expert_norm:
+        if getattr(self, "has_post_expert_norm", False):  # since transformers 5.20
             down = self.post_expert_norm(down)
         result.index_add_(0, token, (down * weights_TK[token, choice, None]).to(result.dtype))
     return result
