@@ -14,6 +14,7 @@ Examples:
   lrsd compress model.gguf --ratio 80% --calib wiki.txt --samples 64 -o out
   lrsd compress ./my-model --ratio 2x --dry-run
   lrsd compress ./my-model --ratio 1.25x --bits 16 -o low-rank
+  lrsd compress ./my-model --ratio 3.8x --format compressed-tensors -o for-vllm
   lrsd compress ./my-model --ratio 3.5x --method gptq -o peer
   lrsd compress ./my-model --ratio 4x -o out --resume
 """

@@ -8,6 +8,7 @@ _EXPORT_EXAMPLES = """
 \b
 Examples:
   lrsd export out --dense out-dense
+  lrsd export out --format compressed-tensors -o for-vllm
 """
 
 
@@ -15,7 +16,8 @@ Examples:
 @click.argument("directory", type=click.Path(path_type=Path))
 @click.option(
     "--format", "format_", default="dense", show_default=True, metavar="NAME",
-    help="dense: plain weights, which any runtime loads.",
+    help="dense: plain weights, which any runtime loads; compressed-tensors: what --method integers made, "
+    "for engines.",
 )  # fmt: skip
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="New directory.")
 @click.option("--dense", type=click.Path(path_type=Path), metavar="D", help="Short for --format dense -o D.")

@@ -16,7 +16,13 @@ from lrsd.recipe import Recipe
 from lrsd.steps.fit import fit_blocks
 from lrsd.steps.prepare import Clock, Prepared, prepare
 from lrsd.steps.source import SourceModel, load_source
-from lrsd.steps.write import Compressed, environment, write_checkpoint
+from lrsd.steps.write import (
+    Compressed,
+    convert_checkpoint,
+    environment,
+    require_convertible,
+    write_checkpoint,
+)
 from lrsd.work.journal import Journal, difference, partial_directory
 from lrsd.work.process import Process
 
@@ -54,6 +60,7 @@ def compress(
         with clock("load"):
             loaded = load_source(source, recipe, memory, process)
             undone.callback(loaded.residence.close)
+        require_convertible(loaded, recipe.run.format)
         if finished:
             return require_same(output, loaded, recipe)
         journal.claim(model=loaded.fingerprint, text=loaded.text)
@@ -64,7 +71,9 @@ def compress(
                 journal,
             )  # fmt: skip
             done = Compressed(loaded, recipe, prepared.observation, prepared.plan, fitted, prepared.resources)
-            write_checkpoint(done, journal.directory / _CHECKPOINT, clock.with_steps(journal))
+            written = journal.directory / _CHECKPOINT
+            write_checkpoint(done, written, clock.with_steps(journal))
+            convert_checkpoint(written, recipe.run.format)
             journal.finish(WRITTEN)
         return move_into_place(journal, output)
 

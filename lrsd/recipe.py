@@ -10,6 +10,8 @@ from lrsd.methods.base import Method
 from lrsd.methods.lrsd import Lrsd
 from lrsd.settings import Budget, Calibration, Run, Selection
 
+# The method whose results a format can hold.
+METHOD_OF_FORMAT = {"compressed-tensors": "integers"}
 GROUPS: dict[str, type] = {"budget": Budget, "selection": Selection, "calibration": Calibration, "run": Run}
 
 
@@ -24,13 +26,21 @@ class Recipe:
     run: Run = field(default_factory=Run)
 
     @staticmethod
-    def of(*, method: str = "lrsd", **options: Any) -> "Recipe":
-        """From options by name; texts are parsed as the command line does.
+    def of(*, method: str | None = None, **options: Any) -> "Recipe":
+        """From options by name; texts are parsed as the command line does. method: by default the one that
+        the format needs, or lrsd.
 
         Raises: SettingsError for a name that the method does not have, or an impossible value.
         """
+        needed = METHOD_OF_FORMAT.get(options.get("format", "lrsd"))
+        method = method or needed or "lrsd"
         if method not in METHODS:
             raise SettingsError(f"method must be one of {', '.join(METHODS)}, got {method!r:.40}")
+        if needed not in (None, method):
+            raise SettingsError(
+                f"format {options['format']} holds what --method {needed} makes, not {method}; leave out one "
+                "of the two"
+            )
         kinds = {**GROUPS, "method": METHODS[method]}
         owners = {f.name: name for name, kind in kinds.items() for f in fields(kind)}
         given: dict[str, dict[str, Any]] = {name: {} for name in kinds}

@@ -16,6 +16,7 @@ from lrsd.errors import SettingsError
 Allocation = Literal["auto", "kl", "uniform", "energy"]
 Scope = Literal["linear", "checkpoint"]
 Dtype = Literal["auto", "bfloat16", "float16"]
+Format = Literal["lrsd", "compressed-tensors"]
 
 # Tokens to calibrate on at most: thousands of times what is of use.
 _MOST_TOKENS = 2**30
@@ -183,6 +184,11 @@ class Run:
     """Where it runs, and what is written."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: an accelerator that has float64, else cpu.")
+    format: Format = option(
+        "lrsd",
+        "What is written: lrsd's own format, or compressed-tensors, which vLLM, SGLang and transformers load "
+        "without lrsd; that means --method integers.",
+    )
     dtype: Dtype = option("auto", "16-bit type of what is stored.")
     shard_size: str = option("5GB", "Largest file of the checkpoint.", metavar="SIZE")
 

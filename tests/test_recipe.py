@@ -19,7 +19,7 @@ OTHER: dict[str, Any] = {
     "calib": "c4", "samples": 9, "seqlen": 33, "seed": 4, "batch": 2, "propagate": True,
     "device": "cpu", "dtype": "float16", "shard_size": "500MB",
     "bits": "4", "coding": "fixed", "group": 32, "structure": "column", "mean_correction": True,
-    "alternations": 2, "block": 64,
+    "alternations": 2, "block": 64, "widths": "4,8", "groups": "64", "format": "compressed-tensors",
 }  # fmt: skip
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -34,6 +34,8 @@ def options_of(method: str) -> dict[str, Any]:
 def test_a_recipe_is_read_as_it_was_written(method: str) -> None:
     """With all defaults, each option changed alone, and all that go together; through JSON too."""
     names = set(options_of(method)) & set(OTHER)
+    if method != "integers":
+        names -= {"format"}  # it holds nothing else
     changes = [{}, *({name: OTHER[name]} for name in sorted(names - {"ratio"})), {n: OTHER[n] for n in names}]
     for changed in changes:
         if method == "lrsd" and changed.keys() == {"structure"}:
@@ -76,6 +78,18 @@ def test_every_option_has_another_value_in_this_test() -> None:
         assert set(options_of(method)) - {"rank"} <= set(OTHER)
     assert Recipe.of(ratio=2, rank="17", bits="16").method.to_dict()["rank"] == 17
     assert Recipe.of(**Recipe.of(ratio=2, rank="energy").to_dict()).method.to_dict()["rank"] == "energy"
+
+
+def test_a_format_brings_its_method_and_takes_no_other() -> None:
+    assert Recipe.of(ratio=2, format="compressed-tensors").method_name == "integers"
+    with pytest.raises(SettingsError, match="holds what --method integers makes, not gptq"):
+        Recipe.of(ratio=2, format="compressed-tensors", method="gptq")
+
+
+@pytest.mark.parametrize("widths", ["", "1", "4,9", "4;8", "four", "٤", "4.0"])
+def test_widths_are_numbers_from_2_to_8(widths: str) -> None:
+    with pytest.raises(SettingsError, match="widths must be numbers among 2, 3, 4, 5, 6, 7, 8, such as 2"):
+        Recipe.of(ratio=2, method="integers", widths=widths)
 
 
 def test_no_option_has_two_owners() -> None:

@@ -49,6 +49,7 @@ class StoredModel:
 
     def __init__(self, directory: Path) -> None:
         """Raises: InputError or CheckpointError for a directory that is not in order, or not compressed."""
+        self.directory = directory
         self.config: dict[str, Any] = read_json(directory / "config.json")
         entry = self.config.get("quantization_config")
         if not isinstance(entry, dict) or entry.get("quant_method") != "lrsd":

@@ -5,6 +5,7 @@ from lrsd.forms.entropy import Entropy
 from lrsd.forms.groupwise import Groupwise
 from lrsd.forms.lowrank import LowRank
 from lrsd.forms.masked import Masked
+from lrsd.forms.symmetric import Symmetric
 from lrsd.forms.trellis import Trellis
 
 FORMS: dict[str, type[Form]] = {
@@ -12,5 +13,6 @@ FORMS: dict[str, type[Form]] = {
     "masked": Masked,
     "entropy": Entropy,
     "groupwise": Groupwise,
+    "symmetric": Symmetric,
     "trellis": Trellis,
 }

@@ -50,6 +50,10 @@ class StoredTensor:
         return prod(self.shape)
 
 
+# Quantization methods whose checkpoints are loaded, to be evaluated.
+_READABLE = ("lrsd", "compressed-tensors")
+
+
 def take_inventory(directory: Path) -> dict[str, StoredTensor]:
     """Every tensor of a directory by its name, its files checked as far as their headers tell.
 
@@ -75,7 +79,7 @@ def take_inventory(directory: Path) -> dict[str, StoredTensor]:
                 raise InputError(
                     f"{name} is stored as {tensor.dtype}; a weight must be of a floating-point type"
                 )
-    elif not isinstance(packing, dict) or packing.get("quant_method") != "lrsd":
+    elif not isinstance(packing, dict) or packing.get("quant_method") not in _READABLE:
         method = packing.get("quant_method") if isinstance(packing, dict) else packing
         raise InputError(f"{directory} is quantized by {method!r:.40}; give the model that it was made from")
     return found

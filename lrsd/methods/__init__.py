@@ -3,6 +3,7 @@
 from lrsd.methods.base import Method
 from lrsd.methods.columns import Columns
 from lrsd.methods.gptq import Gptq
+from lrsd.methods.integers import Integers
 from lrsd.methods.lrsd import Lrsd
 from lrsd.methods.sparsegpt import SparseGpt
 from lrsd.methods.ssd import Ssd
@@ -10,6 +11,7 @@ from lrsd.methods.svd import Asvd, Svd, SvdLlm
 
 METHODS: dict[str, type[Method]] = {
     "lrsd": Lrsd,
+    "integers": Integers,
     "gptq": Gptq,
     "sparsegpt": SparseGpt,
     "ssd": Ssd,

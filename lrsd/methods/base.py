@@ -152,6 +152,8 @@ class Method:
     weighs_tokens: ClassVar[bool] = False
     # Whether layers are rounded to integers, for which the allocation's promises hold down to small losses.
     rounds: ClassVar[bool] = False
+    # Whether linears that read the same input are to be stored alike, all at the same offer.
+    ties_inputs: ClassVar[bool] = False
 
     def metric(self, moments: Moments) -> Metric:
         """What weight errors are measured in: G = E[x x^T]."""

@@ -109,3 +109,30 @@ class Menu:
                 break
             kept = kept[corners]
         return kept
+
+
+@dataclass(frozen=True)
+class TiedMenu:
+    """What several layers offer if all must take the same offer: `menu`, and for each of its offers the
+    layers' own indices."""
+
+    menu: Menu
+    indices: tuple[dict[str, int], ...]
+
+    @staticmethod
+    def of(menus: Mapping[str, Menu], weights: Mapping[str, float]) -> "TiedMenu":
+        """Offers with the same parameters in all `menus`, and the dense weights. Bytes add up, and errors by
+        their weights: the layers' sum of weight x error."""
+        known = {}
+        for name, menu in menus.items():
+            columns = [values.tolist() for values in menu.parameters.values()]
+            known[name] = {row: index for index, row in enumerate(zip(*columns, strict=True))}
+        first, *others = known.values()
+        common = [row for row in first if all(row in other for other in others)]
+        offers = [{name: known[name][row] for name in menus} for row in common]
+        nbytes = [sum(int(menus[n].nbytes_N[i]) for n, i in offer.items()) for offer in offers]
+        errors = [sum(weights[n] * float(menus[n].errors_N[i]) for n, i in offer.items()) for offer in offers]
+        dense = sum(menu.dense_bytes for menu in menus.values())
+        menu = Menu.of(dense, nbytes, errors, {"offer": list(range(len(offers)))})
+        kept = [offers[int(number)] for number in menu.parameters["offer"]]
+        return TiedMenu(menu, (*kept, {name: len(menu) - 1 for name, menu in menus.items()}))

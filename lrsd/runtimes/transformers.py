@@ -24,7 +24,9 @@ from lrsd.model.slots import dense_linear, weight_slot
 from lrsd.numerics.compiled import in_threads
 
 # What safetensors calls the types of packed tensors; values may be of any floating-point type.
-_STORED_AS = {torch.uint8: {"U8"}, torch.int8: {"I8"}, torch.int16: {"I16"}, torch.int32: {"I32"}}
+_STORED_AS = {
+    torch.uint8: {"U8"}, torch.int8: {"I8"}, torch.int16: {"I16"}, torch.int32: {"I32"}, torch.int64: {"I64"},
+}  # fmt: skip
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 
 

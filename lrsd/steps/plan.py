@@ -1,6 +1,6 @@
 """Which plan: bytes shared among layers in several ways, the best on held-out text kept."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import accumulate
@@ -18,7 +18,7 @@ from lrsd.numerics.allocate import (
     allocated_bytes,
     dense_bytes,
 )
-from lrsd.numerics.menu import Choice, Menu
+from lrsd.numerics.menu import Choice, Menu, TiedMenu
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.steps.observe import (
@@ -109,7 +109,8 @@ def choose_plan(
         def divergence(choices: Mapping[str, Choice]) -> float:
             return _held_out_divergence(replay, samples, choices, ratio, recipe, workspace)
 
-        plan = make_plan(observation, budget, ratio, recipe, progress, divergence)
+        tied = [[spec.name for spec in group.linears] for group in replay.layout.groups]
+        plan = make_plan(observation, budget, ratio, recipe, progress, divergence, tied)
         workspace.finish(PLAN_STEP, plan)
     return workspace.read(PLAN_STEP, Plan)
 
@@ -121,15 +122,28 @@ def make_plan(
     recipe: Recipe,
     progress: Progress,
     divergence: Callable[[Mapping[str, Choice]], float],
+    inputs: Sequence[Sequence[str]] = (),
 ) -> Plan:
-    """divergence: the held-out KL of a plan, where plans are to be compared."""
+    """divergence: the held-out KL of a plan, where plans are to be compared; inputs: names of the layers
+    that read the same input, which some methods store alike."""
     menus, sensitivity = observation.menus, observation.sensitivity
+    tied: dict[str, TiedMenu] = {}
+    if recipe.method.ties_inputs:
+        for names in inputs:
+            tied[names[0]] = TiedMenu.of({name: menus[name] for name in names}, sensitivity)
+        menus, sensitivity = {name: found.menu for name, found in tied.items()}, dict.fromkeys(tied, 1.0)
 
     def plan(name: str, allocation: Allocation, compared: dict[str, float] | None = None) -> Plan:
-        choices = {layer: menus[layer].choice(index) for layer, index in allocation.items()}
+        if tied:
+            allocation = {
+                layer: own
+                for first, index in allocation.items()
+                for layer, own in tied[first].indices[index].items()
+            }
+        choices = {layer: observation.menus[layer].choice(index) for layer, index in allocation.items()}
         expected = None
         if needs_sensitivity(recipe):
-            expected = sum(sensitivity[layer] * choice.error for layer, choice in choices.items())
+            expected = sum(observation.sensitivity[layer] * c.error for layer, c in choices.items())
         propagate = recipe.calibration.propagate
         if propagate is None:
             small = recipe.method.rounds and expected is not None and expected < _SMALL_KL

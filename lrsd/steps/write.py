@@ -3,21 +3,33 @@
 import json
 import platform
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
 import torch
 
 from lrsd.checkpoint.card import model_card
-from lrsd.checkpoint.manifest import CARD_NAME, RECIPE_NAME, LayerRecord, Manifest, write_manifest
+from lrsd.checkpoint.manifest import (
+    CARD_NAME,
+    RECIPE_NAME,
+    LayerRecord,
+    Manifest,
+    read_manifest,
+    write_manifest,
+)
 from lrsd.checkpoint.reader import stored_bytes
 from lrsd.checkpoint.verify import digests
 from lrsd.checkpoint.writer import write_model
+from lrsd.errors import InputError
+from lrsd.export import EXPORTS
+from lrsd.export.compressed_tensors import require_package
 from lrsd.forms.base import Shape
 from lrsd.forms.layer import parse_layer
 from lrsd.model.embedding import embedding_names, pack_embeddings
+from lrsd.model.experts import fusions
 from lrsd.model.load import copy_processor, resolve_device
+from lrsd.model.slots import weight_slot
 from lrsd.recipe import Recipe
 from lrsd.runtimes.transformers import mark_packed
 from lrsd.steps.estimate import ResourceEstimate
@@ -100,6 +112,39 @@ def write_checkpoint(done: Compressed, directory: Path, seconds: dict[str, float
         for path in (*directory.rglob("*"), directory):
             sync(path)
     return manifest
+
+
+def require_convertible(source: SourceModel, format_: str) -> None:
+    """Raises: InputError, before any work, if a result could not be written in that format."""
+    if format_ == "lrsd":
+        return
+    require_package()
+    model = source.loaded.model
+    turned = [name for name in source.layout.linears if weight_slot(model, name).transposed]
+    for what, names in (("experts in fused tensors", list(fusions(model))), ("weights of a Conv1D", turned)):
+        if names:
+            raise InputError(
+                f"{names[0]} has {what}, which engines do not read in format {format_}; leave out --format"
+            )
+
+
+def convert_checkpoint(directory: Path, format_: str) -> None:
+    """Put the checkpoint at `directory` in another format, manifest, recipe and card beside it."""
+    if format_ == "lrsd":
+        return
+    exported = directory.with_name(format_)
+    with refusals(directory):
+        shutil.rmtree(exported, ignore_errors=True)
+    EXPORTS[format_](directory, exported, lambda name: None)
+    with refusals(directory):
+        for name in (RECIPE_NAME, CARD_NAME):
+            shutil.copy2(directory / name, exported / name)
+        manifest = read_manifest(directory)
+        write_manifest(exported, replace(manifest, files=digests(exported)))
+        for path in (*exported.rglob("*"), exported):
+            sync(path)
+        shutil.rmtree(directory)
+        exported.replace(directory)
 
 
 def _record(done: Compressed, name: str, layer: Fitted) -> LayerRecord:

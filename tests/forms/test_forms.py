@@ -22,8 +22,10 @@ from lrsd.forms.layer import Layer, assemble, parse_layer
 from lrsd.forms.lowrank import LowRank
 from lrsd.forms.masked import Masked
 from lrsd.forms.packed import PackedLinear
+from lrsd.forms.symmetric import Symmetric
 from lrsd.forms.trellis import Trellis
 from lrsd.numerics.rounding import EntropyCodes, GroupCodes
+from lrsd.numerics.symmetric import SymmetricCodes
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -122,6 +124,15 @@ def groupwise(generator: torch.Generator, shape: Shape, bits: int, group: int) -
                 exact=True)  # fmt: skip
 
 
+def symmetric(generator: torch.Generator, shape: Shape, bits: int, group: int) -> Case:
+    size, groups = (shape.out_features, shape.in_features), shape.in_features // group
+    codes_OI = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), size, generator=generator).to(torch.int8)
+    scales_OG = torch.randn(size[0], groups, generator=generator).bfloat16().float()
+    W_OI = codes_OI.double() * scales_OG.double().repeat_interleave(group, 1)
+    codes = SymmetricCodes(codes_OI, scales_OG, bits, group)
+    return Case(*Symmetric.of(codes), W_OI, prod(size), exact=True)
+
+
 ODD, ROW, COLUMN = Shape(19, 13), Shape(1, 7), Shape(9, 1)
 Make = Callable[[torch.Generator], Case]
 CASES: dict[str, tuple[str, Make]] = {
@@ -156,6 +167,11 @@ CASES: dict[str, tuple[str, Make]] = {
     "plain grid": ("trellis", lambda g: trellis(g, ODD, 9, -3, states=1, rows=False)),
     "plain grid, int32": ("trellis", lambda g: trellis(g, ODD, 2**20, -3, states=1)),
     **{f"{bits} bit": ("groupwise", lambda g, bits=bits: groupwise(g, ODD, bits, 5)) for bits in range(1, 9)},
+    **{
+        f"{bits} bit around zero": ("symmetric", lambda g, bits=bits: symmetric(g, Shape(5, 96), bits, 32))
+        for bits in range(2, 9)
+    },
+    "a row around zero": ("symmetric", lambda g: symmetric(g, Shape(1, 128), 3, 128)),
     "one group": ("groupwise", lambda g: groupwise(g, ODD, 3, 64)),
     "groups of one": ("groupwise", lambda g: groupwise(g, ODD, 3, 1)),
     "3 bit row": ("groupwise", lambda g: groupwise(g, ROW, 3, 4)),

@@ -28,6 +28,7 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "gptq": [{"group": 8}, {"bits": "3", "group": 8}, {"structure": "column", "group": 16}],
     "sparsegpt": [{}, {"block": 5}],
     "ssd": [{}, {"alternations": 1}],
+    "integers": [{}, {"widths": "4", "groups": "64"}, {"widths": "5,6", "alternations": 0}],
 }  # fmt: skip
 VARIANTS = [(name, options) for name in METHODS for options in OPTIONS.get(name, [{}])]
 every_method = pytest.mark.parametrize(
@@ -70,6 +71,8 @@ class Tried:
 
 def tried(variant: int, kind: str, shape: tuple[int, int], ratio: float = 2.0) -> Tried:
     name, options = VARIANTS[variant]
+    if name == "integers":  # in groups of 32 columns at least
+        shape = (shape[0], 64)
     layer = random_layer(torch.Generator().manual_seed(0), *shape, kind)
     method = METHODS[name](**options)
     moments = Moments(shape[1])
@@ -106,13 +109,14 @@ def rebuilt(solution: Solution, shape: Shape) -> PackedLinear:
 def test_offers_rise_in_bytes_and_fall_in_error_to_the_dense_weight(
     variant: int, kind: str, shape: tuple[int, int]
 ) -> None:
-    menu = solved(variant, kind, shape)[0].menu
+    found = solved(variant, kind, shape)[0]
+    menu = found.menu
     assert (menu.nbytes_N.diff() > 0).all()
     assert (menu.errors_N[:-1].diff() < 0).all()
     assert (menu.errors_N >= 0).all()
     assert menu.errors_N.isfinite().all()
     assert menu.choice(len(menu) - 1).is_dense
-    assert (menu.dense_bytes, float(menu.errors_N[-1])) == (2 * shape[0] * shape[1], 0.0)
+    assert (menu.dense_bytes, float(menu.errors_N[-1])) == (found.shape.dense_bytes, 0.0)
     # Every method has something to say within half the bytes, and no offer is without its parameters.
     assert len(menu) > 1
     assert menu.within(menu.dense_bytes / 2) is not None
@@ -135,7 +139,7 @@ def test_every_offer_is_solved_at_its_bytes(variant: int, kind: str, shape: tupl
             assert taken == choice.nbytes
         assert torch.equal(packed.dense_weight(), solution.W_OI)
         assert solution.W_OI.isfinite().all()
-        x = torch.randn(5, shape[1], generator=torch.Generator().manual_seed(1)).bfloat16()
+        x = torch.randn(5, found.shape.in_features, generator=torch.Generator().manual_seed(1)).bfloat16()
         exact = x.float() @ solution.W_OI.T + (0 if packed.bias is None else packed.bias.float())
         scale = float(exact.square().mean().sqrt())
         torch.testing.assert_close(packed(x).float(), exact, rtol=2**-6, atol=0.03 * scale + 1e-30)
@@ -251,7 +255,7 @@ def test_a_probe_errs_as_it_says(variant: int, kind: str, ratio: float) -> None:
     found = tried(variant, kind, (24, 40), ratio)
     probe = found.method.probe(found.problem, found.menu)
     assert probe.W_OI.dtype == torch.float32
-    assert tuple(probe.W_OI.shape) == (24, 40)
+    assert Shape(*probe.W_OI.shape) == found.shape
     assert probe.W_OI.isfinite().all()
     gram_II, W_OI = found.problem.metric.gram.double(), found.problem.W_OI
     lost_OI = W_OI - probe.W_OI.double()
@@ -265,11 +269,11 @@ def test_a_probe_errs_as_it_says(variant: int, kind: str, ratio: float) -> None:
 @pytest.mark.parametrize("name", sorted(set(METHODS) - {"columns"}))
 def test_a_metric_without_a_solution_is_a_solver_error(name: str) -> None:
     """A number of columns alone takes no factor of it."""
-    layer = random_layer(torch.Generator().manual_seed(0), 24, 40)
+    layer = random_layer(torch.Generator().manual_seed(0), 24, 64)
     gram_II = layer.gram.clone()
     gram_II[4, 4] = torch.nan
     with pytest.raises(SolverError):
-        METHODS[name]().offer(LayerProblem(layer.W_OI, Metric(gram_II), torch.bfloat16, 24 * 40.0))
+        METHODS[name]().offer(LayerProblem(layer.W_OI, Metric(gram_II), torch.bfloat16, 24 * 64.0))
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -52,6 +52,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "fixed widths": {"coding": "fixed"},
     "four bits": {"bits": "4", "group": 24},
     "gptq": {"method": "gptq"},
+    "integers": {"method": "integers"},
     "column pruning": {"method": "columns"},
     "sparsegpt": {"method": "sparsegpt"},
     "whole checkpoint": {"scope": "checkpoint"},
@@ -139,7 +140,7 @@ def assert_close_in_bfloat16(found: Tensor, expected: Tensor) -> None:
     assert float((found - expected).square().mean().sqrt()) <= 0.03 * float(expected.std())
 
 
-CODED = ("trellis", "entropy", "groupwise")
+CODED = ("trellis", "entropy", "groupwise", "symmetric")
 
 
 def reconstruct(tensors: dict[str, Tensor], entry: dict[str, Any], shape: tuple[int, int]) -> Tensor:
@@ -168,7 +169,7 @@ def reconstruct(tensors: dict[str, Tensor], entry: dict[str, Any], shape: tuple[
         S = torch.zeros(out_features * len(kept), dtype=torch.float64)
         S[bits[: len(S)].bool()] = stored["entries"]
         W[:, kept] += S.view(out_features, len(kept))
-    if "codes" in stored:
+    if "codes" in stored or "weight_packed" in stored:
         coded = next(t for t in entry["terms"] if t["form"] in CODED)
         W[:, free_columns] += integers(tensors, coded, out_features, len(free_columns))
     assert {term["form"] for term in entry["terms"]} <= {"low_rank", "masked", *CODED}
@@ -177,6 +178,11 @@ def reconstruct(tensors: dict[str, Tensor], entry: dict[str, Any], shape: tuple[
 
 def integers(tensors: dict[str, Tensor], entry: dict[str, Any], rows: int, columns: int) -> Tensor:
     """The coded tier in float64, decoded bit by bit from its documented layout."""
+    if entry["form"] == "symmetric":
+        bits, group = entry["bits"], entry["group"]
+        data = tensors["weight_packed"].numpy().tobytes()
+        codes = unpacked(data, bits, rows * columns).view(rows, columns) - 2 ** (bits - 1)
+        return codes * tensors["weight_scale"].double().repeat_interleave(group, 1)
     data = bytes(tensors["codes"].tolist())
     if "bits" in entry:
         bits, group = entry["bits"], entry["group"]
