@@ -1,7 +1,8 @@
 """What a checkpoint answers in vLLM beside what it answers in transformers.
 
 In an environment with vLLM (and lrsd, for its own format) it writes greedy tokens and the prompts'
-log-probabilities, and prints tokens per second; with --compare, in one with transformers, it says how far these are from its own.
+log-probabilities, and prints tokens per second; with --compare, in one with transformers, it says how far
+these are from its own.
 Example:
   python scripts/vllm_check.py smol-4x answers.json
   python scripts/vllm_check.py smol-4x answers.json --compare
