@@ -365,9 +365,9 @@ def _config_arguments(arguments: dict[str, Any]) -> dict[str, Any]:
 def _safe(arguments: dict[str, Any]) -> dict[str, Any]:
     if "gguf_file" not in arguments:
         return {"use_safetensors": True}
-    from transformers import GgufConfig
-
-    return {**arguments, "quantization_config": GgufConfig(dequantize=True)}
+    # Releases without this class, before 5.19, always decode.
+    config = getattr(transformers, "GgufConfig", None)
+    return {**arguments, **({"quantization_config": config(dequantize=True)} if config else {})}
 
 
 def _require_all_weights(source: str, report: dict[str, Any]) -> None:

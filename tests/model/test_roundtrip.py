@@ -396,6 +396,8 @@ def test_a_checkpoint_of_format_version_1_loads_and_computes_the_same(
     compressed: Compressed, tokens: Tensor, tmp_path: Path
 ) -> None:
     """Its tensors were the same, but for codes on a plain grid; its entries were flat."""
+    if compressed.manifest.recipe["method"] == "integers":
+        pytest.skip("version 1 had no such form")
     newer, older = tmp_path / "newer", tmp_path / "older"
     shutil.copytree(compressed.directory, newer)
     config = json.loads((newer / "config.json").read_text())
