@@ -26,6 +26,11 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-golden", action="store_true", help="write tests/golden.json anew")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The real model's tests take minutes in one process: they begin first, beside all others."""
+    items.sort(key=lambda item: item.path.name != "test_real.py")
+
+
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(0)
