@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Lint, types and tests in one command, on a fresh machine too. Arguments go to pytest:
 #   bash scripts/test.sh -k recipe
-# Without arguments the tests that are not slow, and those of every family and recipe, also run on the oldest
+# Without arguments the tests that are not slow, and those of every family, also run on the oldest
 # transformers that pyproject.toml admits; all of them run on the newest.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."

@@ -60,10 +60,7 @@ RECIPES: dict[str, dict[str, Any]] = {
 }
 # One of each form in the fast loop: columns and masks, codes of a stream, of fixed width, int8 embeddings.
 QUICK = {"lrsd", "gpt2 entropy", "four bits", "whole checkpoint"}
-CASES = [
-    pytest.param(name, marks=() if name in QUICK else (pytest.mark.slow, pytest.mark.oldest))
-    for name in RECIPES
-]
+CASES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in RECIPES]
 RATIO = 1.6
 
 
