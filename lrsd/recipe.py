@@ -25,6 +25,20 @@ class Recipe:
     calibration: Calibration = field(default_factory=Calibration)
     run: Run = field(default_factory=Run)
 
+    def __post_init__(self) -> None:
+        """Raises: SettingsError for a format that cannot hold what would be made."""
+        name, needed = self.run.format, METHOD_OF_FORMAT.get(self.run.format)
+        if needed not in (None, self.method_name):
+            raise SettingsError(
+                f"format {name} holds what --method {needed} makes, not {self.method_name}; leave out one of "
+                "the two"
+            )
+        if needed and self.budget.scope == "checkpoint":
+            raise SettingsError(
+                f"format {name} keeps embeddings and head at 16 bit, which --scope checkpoint would have in "
+                "8; leave out one of the two"
+            )
+
     @staticmethod
     def of(*, method: str | None = None, **options: Any) -> "Recipe":
         """From options by name; texts are parsed as the command line does. method: by default the one that
@@ -36,11 +50,6 @@ class Recipe:
         method = method or needed or "lrsd"
         if method not in METHODS:
             raise SettingsError(f"method must be one of {', '.join(METHODS)}, got {method!r:.40}")
-        if needed not in (None, method):
-            raise SettingsError(
-                f"format {options['format']} holds what --method {needed} makes, not {method}; leave out one "
-                "of the two"
-            )
         kinds = {**GROUPS, "method": METHODS[method]}
         owners = {f.name: name for name, kind in kinds.items() for f in fields(kind)}
         given: dict[str, dict[str, Any]] = {name: {} for name in kinds}

@@ -100,6 +100,16 @@ def needs(model_dir: Path, count: int = 8, limit: int = 2**40, **changes: Any) -
     return estimate_resources(model, layout, samples, settings, residence, budget=10**6)
 
 
+def test_another_format_takes_the_disk_of_a_second_checkpoint(tiny_model_dir: Path) -> None:
+    own, other = (
+        needs(tiny_model_dir, method="integers", format=name).disk for name in ("lrsd", "compressed-tensors")
+    )
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    layout = find_layout(model, Samples({"input_ids": torch.zeros(1, 8, dtype=torch.int64)}))
+    dense = sum(spec.shape.dense_bytes for spec in layout.linears.values())
+    assert other - own == 10**6 + sum(p.nbytes for p in model.parameters()) - dense
+
+
 def test_samples_take_disk_not_memory(tiny_model_dir: Path) -> None:
     for propagate, streams in ((False, 3), (True, 6)):
         few, many = (needs(tiny_model_dir, count, propagate=propagate) for count in (8, 9))

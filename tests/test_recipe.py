@@ -9,7 +9,7 @@ import pytest
 from lrsd.errors import SettingsError
 from lrsd.methods import METHODS
 from lrsd.recipe import GROUPS, Recipe
-from lrsd.settings import Budget
+from lrsd.settings import Budget, Run
 
 # Another value than the default, for every option; by method where they differ.
 OTHER: dict[str, Any] = {
@@ -40,6 +40,8 @@ def test_a_recipe_is_read_as_it_was_written(method: str) -> None:
     for changed in changes:
         if method == "lrsd" and changed.keys() == {"structure"}:
             changed = changed | {"bits": "16"}  # entropy-coded weights keep no columns
+        if {"format", "scope"} <= changed.keys():
+            changed = changed | {"scope": "linear"}  # engines read no embeddings of 8 bit
         recipe = Recipe.of(**{"method": method, "ratio": 1.6} | changed)
         again = Recipe.of(**json.loads(json.dumps(recipe.to_dict())))
         assert again == recipe
@@ -84,6 +86,10 @@ def test_a_format_brings_its_method_and_takes_no_other() -> None:
     assert Recipe.of(ratio=2, format="compressed-tensors").method_name == "integers"
     with pytest.raises(SettingsError, match="holds what --method integers makes, not gptq"):
         Recipe.of(ratio=2, format="compressed-tensors", method="gptq")
+    with pytest.raises(SettingsError, match="holds what --method integers makes, not lrsd"):
+        Recipe(budget=Budget(ratio=2), run=Run(format="compressed-tensors"))
+    with pytest.raises(SettingsError, match="keeps embeddings and head at 16 bit"):
+        Recipe.of(ratio=2, format="compressed-tensors", scope="checkpoint")
 
 
 @pytest.mark.parametrize("widths", ["", "1", "4,9", "4;8", "four", "٤", "4.0"])

@@ -56,6 +56,15 @@ def model_card(manifest: Manifest) -> str:
         library_name="transformers",
         tags=["lrsd", "low-rank", "sparse", "compressed"],
     )
+    if recipe.get("format", "lrsd") == "lrsd":
+        imports, more = (
+            "import lrsd  # registers the loader\n",
+            ", `lrsd export --dense` writes plain weights",
+        )
+        also = ""
+    else:
+        imports, more = "", ""
+        also = f"\nThe package {recipe['format']} is needed; vLLM and SGLang serve the directory as it is.\n"
     return f"""---
 {about.to_yaml()}
 ---
@@ -70,13 +79,12 @@ The source held its weights as {manifest.base_stored_as}.
 Load it with
 
 ```python
-import lrsd  # registers the loader
-from transformers import {manifest.model_class}
+{imports}from transformers import {manifest.model_class}
 
 model = {manifest.model_class}.from_pretrained("this directory")
 ```
-
-`lrsd eval` measures it, `lrsd inspect` shows every layer, `lrsd export --dense` writes plain weights.
+{also}
+`lrsd eval` measures it, `lrsd inspect` shows every layer{more}.
 """
 
 

@@ -27,9 +27,9 @@ class _Compiled:
     _all: ClassVar[list[_Compiled]] = []
     _lock: ClassVar[RLock] = RLock()
 
-    def __init__(self, function: Callable[..., Any], fastmath: bool) -> None:
+    def __init__(self, function: Callable[..., Any], reorders: bool) -> None:
         update_wrapper(self, function)
-        self._function, self._fastmath = function, fastmath
+        self._function, self._reorders = function, reorders
         self._made: Any = None
         self._all.append(self)
 
@@ -45,7 +45,7 @@ class _Compiled:
     def made(self) -> Any:
         if self._made is None:
             with self._lock:
-                made = {one: one._made or _jit(one._function, one._fastmath) for one in self._all}
+                made = {one: one._made or _jit(one._function, one._reorders) for one in self._all}
                 for one in made:
                     names = one._function.__globals__
                     names |= {k: made[v] for k, v in names.items() if isinstance(v, _Compiled)}
@@ -54,19 +54,21 @@ class _Compiled:
         return self._made
 
 
-def compiled(function: F, *, fastmath: bool = False) -> F:
+def compiled(function: F, *, reorders: bool = False) -> F:
     """`function` compiled by numba at its first call; it then runs beside other threads of the interpreter.
 
-    fastmath: floating-point sums may be taken in any order.
+    reorders: floating-point sums may be taken in any order.
     """
-    return cast(F, _Compiled(function, fastmath))
+    return cast(F, _Compiled(function, reorders))
 
 
-def _jit(function: F, fastmath: bool) -> F:
+def _jit(function: F, reorders: bool) -> F:
     """The machine code is kept in a file for the next process. Where no directory can be written, such as a
     read-only installation without a home, every process compiles anew, which takes seconds."""
     from numba import njit
 
+    # Not all that "fastmath" allows: infinities and not-a-numbers must come through.
+    fastmath = {"reassoc", "contract", "nsz"} if reorders else False
     # A division by zero is not looked for, as everywhere in numpy.
     compile_ = partial(njit, nogil=True, error_model="numpy", fastmath=fastmath)
     try:
@@ -77,7 +79,7 @@ def _jit(function: F, fastmath: bool) -> F:
         return cast(F, compile_()(function))
 
 
-reordered = partial(compiled, fastmath=True)
+reordered = partial(compiled, reorders=True)
 
 
 def in_threads(call: Callable[[T], R], arguments: Iterable[T]) -> list[R]:

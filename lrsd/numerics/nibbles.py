@@ -330,8 +330,8 @@ def _step(code, state):  # type: ignore[no-untyped-def]
 
 @reordered
 def _nibbles(held, trellis, region, x, y, origin, out):  # type: ignore[no-untyped-def]
-    """Down the rows of a region: products with x (T, I') added to y (T, O), or if there are no tokens the
-    integers into out (O, I), whose first column is `origin`. Without far differences."""
+    """Down the rows of a region: products with x (T, I') added to y (T, O), and the integers into out (O, I),
+    whose first column is `origin`, unless it is empty. Without far differences."""
     nibbles, counts, places, halves = held.nibbles, held.counts, held.places, held.halves
     rows, narrow = held.rows, held.narrow
     tokens = x.shape[0]
@@ -370,7 +370,7 @@ def _nibbles(held, trellis, region, x, y, origin, out):  # type: ignore[no-untyp
             for j in range(size):
                 total += np.float32(v[j]) * x[t, left + j]
             y[t, i] += total
-        if not tokens:
+        if out.size:
             for j in range(known):
                 out[i, column + j] = v[j]
 
@@ -404,6 +404,6 @@ def _bytes(held, trellis, region, x, behind, y, origin, out):  # type: ignore[no
             for j in range(size):
                 total += np.float32(v[j]) * x[t, offset + j]
             y[t, i] += total
-        if not tokens:
+        if out.size:
             for j in range(size):
                 out[i, column + j] = v[j]

@@ -116,7 +116,8 @@ def estimate_resources(
         inputs = max(sum(group.in_features for group in block.groups) for block in layout.blocks)
         followed = samples[: PROPAGATED + recipe.calibration.batch - 1].positions
         hidden += followed * (_PAIR_STREAMS * layout.stream_width + inputs)
-    disk = stored + value * hidden + 2 * budget + kept
+    written = 1 if recipe.run.format == "lrsd" else 2  # another format is written from the first
+    disk = stored + value * hidden + budget + written * (budget + kept)
     return ResourceEstimate(max(memory, peak_rss()), disk)
 
 

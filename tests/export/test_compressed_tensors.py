@@ -97,6 +97,13 @@ def test_the_budget_is_kept_and_the_files_are_vouched_for(both: tuple[Path, Path
     assert sorted(path.name for path in both[1].parent.iterdir()) == ["ours", "theirs"]
 
 
+def test_the_card_says_how_this_one_is_loaded(both: tuple[Path, Path]) -> None:
+    ours, theirs = ((directory / "README.md").read_text() for directory in both)
+    assert "import lrsd" in ours
+    assert "import lrsd" not in theirs
+    assert "vLLM and SGLang serve the directory as it is" in theirs
+
+
 def test_export_gives_the_same_as_compress(both: tuple[Path, Path], tmp_path: Path) -> None:
     export_compressed_tensors(both[0], tmp_path / "exported")
     for name in ("model.safetensors", "config.json", "tokenizer.json"):

@@ -1,5 +1,9 @@
 """Integers come back as they went in, whatever their sizes, and products equal those of the dense matrix."""
 
+import os
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 import torch
@@ -99,6 +103,32 @@ def test_steps_scale_columns_and_rows(generator: torch.Generator) -> None:
     W_OI = codes_IO.T * column_steps(steps_I, -9) * column_steps(steps_O, 0)[:, None]
     found = nibble_product(x_TI, packed, 1, steps_I, steps_O, 2 ** (-9 / 8))
     torch.testing.assert_close(found, x_TI @ W_OI.T, rtol=1e-4, atol=1e-2)
+
+
+@pytest.mark.parametrize("tokens", [0, 1])
+def test_no_loop_reads_or_writes_beyond_its_arrays(tokens: int) -> None:
+    """Uncompiled, where Python looks: machine code would do it in silence."""
+    code = f"""
+import torch
+from lrsd.numerics.nibbles import nibble_product, pack_nibbles, unpack_nibbles
+values_IO = torch.randint(-12, 12, (70, 5), dtype=torch.int32)
+values_IO[:40] *= 99
+packed = pack_nibbles(values_IO, 1)
+steps_I = torch.zeros(70, dtype=torch.uint8)
+assert nibble_product(torch.zeros({tokens}, 70), packed, 1, steps_I, steps_I[:0], 1.0).shape == ({tokens}, 5)
+assert torch.equal(unpack_nibbles(packed, 1), values_IO.T[:, packed["order"]])
+"""
+    environment = os.environ | {"NUMBA_DISABLE_JIT": "1", "PYTHONWARNINGS": "ignore"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+
+
+def test_infinities_and_not_a_numbers_come_through(generator: torch.Generator) -> None:
+    codes_IO = torch.randint(-30, 30, (90, 50), generator=generator, dtype=torch.int32)
+    x_TI = torch.randn(3, 90, generator=generator)
+    x_TI[0, 5], x_TI[1, 7] = torch.nan, torch.inf
+    found, expected = product(x_TI, pack_nibbles(codes_IO, 1), 1), x_TI @ codes_IO.float()
+    assert torch.equal(found.isfinite(), expected.isfinite())
+    assert found[0].isnan().all()
 
 
 def test_parts_of_the_columns_are_those_of_the_whole(generator: torch.Generator) -> None:
