@@ -9,6 +9,7 @@ from torch.nn.functional import linear
 
 from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors, check_indices, index_type
 from lrsd.numerics.coding import pack_bits, unpack_bits
+from lrsd.numerics.masks import expand
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +67,10 @@ class Masked(Form):
         S_OI[:, self._indices(loaded)] = values_OK
         return S_OI
 
+    def macs(self, shape: Shape) -> int:
+        """The product is one with all of its columns, zeros included."""
+        return shape.out_features * self.columns
+
     def describe(self) -> str:
         return f"{self.entries:,} entries"
 
@@ -74,7 +79,10 @@ class Masked(Form):
         return loaded["columns"].long() if "columns" in loaded else slice(self.columns)
 
     def _values(self, loaded: Tensors, shape: Shape) -> Tensor:
-        mask_OK = unpack_bits(loaded["mask"], shape.out_features * self.columns)
-        values_OK = loaded["entries"].new_zeros(mask_OK.shape)
-        values_OK[mask_OK] = loaded["entries"]
+        mask, entries, count = loaded["mask"], loaded["entries"], shape.out_features * self.columns
+        if mask.device.type == "cpu":
+            return expand(mask, entries.detach(), count).view(shape.out_features, self.columns)
+        mask_OK = unpack_bits(mask, count)
+        values_OK = entries.new_zeros(mask_OK.shape)
+        values_OK[mask_OK] = entries
         return values_OK.view(shape.out_features, self.columns)

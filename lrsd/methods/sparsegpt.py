@@ -3,13 +3,12 @@
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from lrsd.forms.layer import Layer
 from lrsd.forms.masked import Masked
 from lrsd.methods.base import LayerProblem, Method, Solution, State, Status, Summand, store
 from lrsd.numerics.menu import Choice, Menu
-from lrsd.numerics.rounding import HessianFactor
+from lrsd.numerics.pruning import prune
 from lrsd.settings import check_options, option
 
 
@@ -40,25 +39,3 @@ class SparseGpt(Method):
         every_I = torch.arange(values_OI.shape[1])
         status = Status(State.PRUNED, damping=problem.metric.factor.damping)
         return store(problem, [Summand(*Masked.of(values_OI, mask_OI, every_I, len(every_I)))], status=status)
-
-
-def prune(W_OI: Tensor, factor: HessianFactor, entries: int, block: int) -> tuple[Tensor, Tensor]:
-    """The values (O, I) float32 that stay, 0 elsewhere, and the mask of the `entries` that do."""
-    ordered_IO = W_OI.float().T[factor.order_I].contiguous()
-    mask_IO = torch.zeros(ordered_IO.shape, dtype=torch.bool, device=W_OI.device)
-    values_IO = torch.zeros_like(ordered_IO)
-    upper_II, width = factor.upper_II, factor.width
-    for start in range(0, width, block):
-        stop = min(start + block, width)
-        scores_BO = (ordered_IO[start:stop] / upper_II.diagonal()[start:stop, None]) ** 2
-        kept = entries * stop // width - entries * start // width
-        chosen = scores_BO.flatten().topk(kept).indices
-        mask_IO[start:stop].view(-1)[chosen] = True
-        errors_BO = torch.empty_like(scores_BO)
-        for i in range(start, stop):
-            values_IO[i] = ordered_IO[i] * mask_IO[i]
-            errors_BO[i - start] = (ordered_IO[i] - values_IO[i]) / upper_II[i, i]
-            ordered_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], errors_BO[i - start], alpha=-1)
-        ordered_IO[stop:] -= upper_II[start:stop, stop:].T @ errors_BO
-    back_I = factor.order_I.argsort()
-    return values_IO[back_I].T.contiguous(), mask_IO[back_I].T.contiguous()

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lrsd.numerics.lowrank import square_root
-from lrsd.numerics.rounding import HessianFactor, hessian_factor
+from lrsd.numerics.rounding import DAMPING, HessianFactor, hessian_factor
 
 
 class Metric:
@@ -48,6 +48,12 @@ class Metric:
         upper_II, order_I = self.factor.upper_II, self.factor.order_I
         ordered_II = self.single.gram[order_I][:, order_I]
         return ((upper_II @ ordered_II) * upper_II).sum(1).clamp(min=0)
+
+    @cached_property
+    def damped(self) -> Tensor:
+        """G with a ridge on every channel, float32: for descents, which would follow the sample too far."""
+        gram_II = self.single.gram
+        return gram_II + (DAMPING * gram_II.diagonal()).diag()
 
     @cached_property
     def root(self) -> Tensor:

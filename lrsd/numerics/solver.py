@@ -9,12 +9,12 @@ from torch import Tensor
 from lrsd.numerics.lowrank import best_low_rank, complement, ridged_cholesky
 from lrsd.numerics.metric import Metric
 from lrsd.numerics.moments import energy
+from lrsd.numerics.pruning import prune_and_refit
 from lrsd.numerics.rounding import EntropyCodes, GroupCodes, HessianFactor, hessian_factor
 from lrsd.numerics.structured import (
     ColumnSplit,
     column_energies,
     fit_with_columns,
-    largest_entries,
     select_columns,
     select_rows,
     split_columns,
@@ -119,26 +119,20 @@ def decompose_thresholded(
     """Low rank plus *thresholded* sparse by alternation: S-step on W - L, L-step on W - S.
 
     The S-step keeps `entries` values within the `columns` best columns, those largest against their
-    column's mean magnitude (the source paper). With `columns` = I, S is unstructured: the `entries`
-    largest of the whole residual. The closed form does not hold under a threshold, hence the
+    column's mean magnitude (the source paper). The closed form does not hold under a threshold, hence the
     alternation; the best iterate is returned and the error of each recorded in `history`.
     iterations=1 is no alternation: S from the residual of the best low rank, then one L.
 
-    Source: SSD (ACL 2025), section 3; unstructured: OATS (ICLR 2025).
+    Source: SSD (ACL 2025), section 3.
     """
-    out_features, in_features = W_OI.shape
     none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
     U_OR, V_RI = best_low_rank(W_OI, gram_II, rank)
     best: Decomposition | None = None
     history: list[float] = []
     for _ in range(iterations):
         residual_OI = W_OI - U_OR @ V_RI
-        if columns == in_features:
-            kept_K = torch.arange(in_features, device=W_OI.device)
-            mask_OK = largest_entries(residual_OI, gram_II, entries)
-        else:
-            kept_K = column_energies(residual_OI, gram_II).topk(columns).indices.sort().values
-            mask_OK = threshold_within_columns(residual_OI[:, kept_K], entries)
+        kept_K = column_energies(residual_OI, gram_II).topk(columns).indices.sort().values
+        mask_OK = threshold_within_columns(residual_OI[:, kept_K], entries)
         S_OI = torch.zeros_like(W_OI)
         S_OI[:, kept_K] = residual_OI[:, kept_K] * mask_OK
         U_OR, V_RI = best_low_rank(W_OI - S_OI, gram_II, rank)
@@ -146,11 +140,23 @@ def decompose_thresholded(
         history.append(error)
         if best is None or error < best.error:
             best = Decomposition(
-                (out_features, in_features), U_OR, V_RI, kept_K, S_OI[:, kept_K], none, W_OI[none],
+                (W_OI.shape[0], W_OI.shape[1]), U_OR, V_RI, kept_K, S_OI[:, kept_K], none, W_OI[none],
                 mask_OK=mask_OK, error=error, history=(), status=f"best of {iterations}",
             )  # fmt: skip
     assert best is not None, "iterations is validated to be at least 1"
     return replace(best, history=tuple(history))
+
+
+def decompose_pruned(W_OI: Tensor, metric: Metric, entries: int) -> Decomposition:
+    """Single entries, wherever they are, see `pruning.prune_and_refit`. Raises: SolverError."""
+    S_OI, mask_OI = prune_and_refit(W_OI, metric, entries)
+    S_OI = S_OI.to(W_OI)
+    every_I, none = (torch.arange(n, device=W_OI.device) for n in (W_OI.shape[1], 0))
+    error = relative_error(W_OI, S_OI, metric.gram)
+    return Decomposition(
+        (W_OI.shape[0], W_OI.shape[1]), W_OI[:, :0], W_OI[:0], every_I, S_OI, none, W_OI[none],
+        mask_OK=mask_OI, error=error, history=(error,), status="pruned", damping=metric.factor.damping,
+    )  # fmt: skip
 
 
 def columns_plus_codes(W_OI: Tensor, metric: Metric, columns: int) -> tuple[ColumnSplit, HessianFactor]:

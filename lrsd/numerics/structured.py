@@ -195,14 +195,6 @@ def threshold_within_columns(values_OK: Tensor, count: int) -> Tensor:
     return _largest(magnitude_OK / mean_K, count)
 
 
-def largest_entries(values_OI: Tensor, gram_II: Tensor, count: int) -> Tensor:
-    """The `count` entries of largest |R_ij| sqrt(G_jj), for unstructured S; bool (O, I).
-
-    Source: Wanda (ICLR 2024), applied to the residual as in OATS (ICLR 2025).
-    """
-    return _largest(values_OI.abs() * gram_II.diagonal().clamp(min=0).sqrt(), count)
-
-
 def _largest(scores: Tensor, count: int) -> Tensor:
     keep = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
     keep[scores.flatten().topk(count).indices] = True

@@ -6,8 +6,9 @@ from layers import DEGENERATE, KINDS, RandomLayer, random_layer
 from torch import Tensor
 
 from lrsd.methods.base import LayerProblem
-from lrsd.methods.sparsegpt import SparseGpt, prune
+from lrsd.methods.sparsegpt import SparseGpt
 from lrsd.numerics.metric import Metric
+from lrsd.numerics.pruning import prune
 
 every_kind = pytest.mark.parametrize("kind", [*KINDS, *DEGENERATE])
 BLOCKS = [1, 7, 128]

@@ -97,7 +97,7 @@ def test_inputs_are_not_changed(generator: torch.Generator) -> None:
     assert torch.equal(gram_II, layer.gram)
 
 
-THRESHOLDED = [(5, 20), (5, 0), (5, 70), (16, 40)]  # the last one keeps every column: unstructured
+THRESHOLDED = [(5, 20), (5, 0), (5, 70), (16, 40)]
 
 
 @pytest.mark.parametrize("kind", KINDS + DEGENERATE)
@@ -116,12 +116,11 @@ def test_thresholded_returns_its_best_iterate_with_the_exact_count(
     assert found.error == pytest.approx(layer.error(found.dense()), abs=1e-10)
 
 
-@pytest.mark.parametrize("columns", [6, 30], ids=["columns", "unstructured"])
-def test_alternation_lowers_the_error_of_a_thresholded_fit(generator: torch.Generator, columns: int) -> None:
+def test_alternation_lowers_the_error_of_a_thresholded_fit(generator: torch.Generator) -> None:
     for _ in range(5):
         layer = planted_layer(generator, 30, 4)
         gram_II = layer.gram
-        arguments = {"rank": 4, "columns": columns, "entries": 90}
+        arguments = {"rank": 4, "columns": 6, "entries": 90}
         once = decompose_thresholded(layer.W_OI, gram_II, **arguments, iterations=1)
         often = decompose_thresholded(layer.W_OI, gram_II, **arguments, iterations=8)
         assert once.history == often.history[:1]

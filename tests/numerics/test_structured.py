@@ -10,7 +10,6 @@ from lrsd.numerics.structured import (
     column_energies,
     columns_spectrum,
     fit_with_columns,
-    largest_entries,
     row_gains,
     select_columns,
     select_rows,
@@ -242,11 +241,3 @@ def test_threshold_keeps_the_entries_largest_against_their_columns_mean(
 
 def test_threshold_of_a_zero_column_still_keeps_the_exact_count() -> None:
     assert int(threshold_within_columns(torch.zeros(6, 4), 9).sum()) == 9
-
-
-def test_unstructured_entries_are_those_of_largest_output_energy(generator: torch.Generator) -> None:
-    layer = random_layer(generator, 6, 8, "heavy")
-    mask_OI = largest_entries(layer.W_OI, layer.gram, 11)
-    energy_OI = layer.W_OI**2 * layer.x_TI.square().mean(0)
-    assert int(mask_OI.sum()) == 11
-    assert energy_OI[mask_OI].min() >= energy_OI[~mask_OI].max()
