@@ -13,7 +13,7 @@ from lrsd.model.load import load_model
 from lrsd.model.replay import Replay, Residual
 from lrsd.model.samples import Samples
 from lrsd.numerics.solver import propagated_target
-from lrsd.steps.propagate import TwoStreams, pair_moments, propagated_batches
+from lrsd.steps.propagate import TwoStreams, followed_batches, pair_moments
 from lrsd.work.journal import Workspace
 
 SMALL = {"vocab_size": 320, "num_hidden_layers": 2}
@@ -88,7 +88,7 @@ def test_a_layer_that_writes_the_stream_is_aimed_at_what_is_missing_there(
             hook.remove()
         return list(zip(inputs, streams, strict=True))
 
-    two = TwoStreams.start(Workspace(), replay, 0)
+    two = TwoStreams.start(Workspace(), replay, 0, rounds=True)
     dense = seen()
     noise = torch.Generator().manual_seed(0)
     for name in ("self_attn.q_proj", "self_attn.v_proj"):
@@ -125,6 +125,6 @@ def test_a_layer_that_writes_the_stream_is_aimed_at_what_is_missing_there(
 def test_errors_are_followed_on_the_first_samples(make_model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     replay = replay_of(make_model(CONFIGS["llama"]))
     for samples, batches in ((1, 1), (2, 1), (3, 2), (100, 2)):
-        monkeypatch.setattr("lrsd.steps.propagate.PROPAGATED", samples)
-        assert propagated_batches(replay) == batches
-        assert len(TwoStreams.start(Workspace(), replay, 0).dense_outputs) == batches
+        monkeypatch.setattr("lrsd.steps.propagate._FOLLOWED", {True: samples})
+        assert followed_batches(replay, rounds=True) == batches
+        assert len(TwoStreams.start(Workspace(), replay, 0, rounds=True).dense_outputs) == batches
