@@ -22,6 +22,7 @@ HOMES = {
     "click": ("cli",),
     "tqdm": ("cli",),
     "vllm": ("runtimes",),
+    "peft": ("runtimes",),
     "datasets": ("data",),
     "huggingface_hub": ("model", "checkpoint"),
     "safetensors": ("work", "intake", "model", "data", "checkpoint", "runtimes", "export"),

@@ -25,11 +25,19 @@ _UNPACKED = 2**24
 
 
 def held_integers(values_IO: Tensor, states: int) -> dict[str, Tensor]:
-    """Q^T (I, O) as products read it: on a CPU by `pack_nibbles`, elsewhere a byte each by
-    `split_integers`."""
-    if values_IO.device.type == "cpu":
-        return pack_nibbles(values_IO, states)
-    return split_integers(values_IO.T)
+    """Q^T (I, O) as products read it: on a CPU by `pack_nibbles`, unless integers are so large that they take
+    less by `split_integers`, which is how they are elsewhere, a byte or two each."""
+    if values_IO.device.type != "cpu":
+        return split_integers(values_IO.T)
+    held = pack_nibbles(values_IO, states)
+    if _bytes_of(held) > values_IO.numel():
+        split = split_integers(values_IO.T)
+        return split if _bytes_of(split) < _bytes_of(held) else held
+    return held
+
+
+def _bytes_of(held: Tensors) -> int:
+    return sum(tensor.nbytes for tensor in held.values())
 
 
 def whole_integers(held: Tensors, states: int) -> Tensor:

@@ -67,6 +67,14 @@ class PackedLinear(nn.Module):
             loaded.append(known)
         return loaded
 
+    def resident_bytes(self) -> int:
+        """What the layer holds in memory: parameters, which may be mapped from a file of many, and
+        the storages of what was decoded of them."""
+        stored = {parameter.data_ptr(): parameter.nbytes for parameter in self.parameters()}
+        decoded = [tensor for part in self._decoded.values() for tensor in part.values()]
+        kept = {t.data_ptr(): t.untyped_storage().nbytes() for t in decoded if t.data_ptr() not in stored}
+        return sum(stored.values()) + sum(kept.values())
+
     def release_encoded(self) -> None:
         """Decode, and free what was decoded from where it can be encoded again, as saving the layer does."""
         self.decoded()
@@ -89,11 +97,14 @@ class PackedLinear(nn.Module):
             destination[prefix + name] = tensor
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, spec in self.layer.tensors(self.shape).items():
-            parameter = self._parameters[name]
-            if parameter is not None and tuple(parameter.shape) != spec.size:
-                parameter.data = parameter.new_zeros(spec.size)
-        self._decoded = {}
+        specs = self.layer.tensors(self.shape)
+        if any(f"{prefix}{name}" in state_dict for name in specs):  # not those of an adapter alone
+            released = self._encoded()
+            for name, spec in specs.items():
+                parameter = self._parameters[name]
+                if parameter is not None and tuple(parameter.shape) != spec.size:
+                    parameter.data = released.get(name, parameter.new_zeros(spec.size))
+            self._decoded = {}
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def _apply(self, *args: Any, **kwargs: Any) -> "PackedLinear":

@@ -37,7 +37,12 @@ def written(path: Path) -> Iterator[Path]:
 def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
     """A safetensors file. Raises: StorageError."""
     with written(path) as temporary:
+        temporary.touch()
+        mode = (
+            temporary.stat().st_mode
+        )  # as the user's umask has it; safetensors would take others' right to read
         save_file({name: tensor.cpu() for name, tensor in tensors.items()}, temporary, metadata=metadata)
+        temporary.chmod(mode)
 
 
 def write_json(path: Path, content: Any) -> None:

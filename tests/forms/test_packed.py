@@ -13,7 +13,9 @@ from transformers.pytorch_utils import Conv1D
 from lrsd.errors import CheckpointError
 from lrsd.forms.base import Shape
 from lrsd.forms.kernels import joined_integers, split_integers, split_product, whole_integers
+from lrsd.forms.layer import assemble
 from lrsd.forms.packed import PackedLinear
+from lrsd.forms.trellis import Trellis
 from lrsd.methods import coded, low_rank_sparse
 from lrsd.methods.base import LayerProblem, Solution
 from lrsd.model.slots import dense_linear
@@ -25,6 +27,7 @@ from lrsd.numerics.solver import (
     columns_plus_codes,
     decompose,
     decompose_coded,
+    decompose_pruned,
     decompose_thresholded,
 )
 
@@ -35,7 +38,7 @@ PLANS: dict[str, Parameters] = {
     "columns": {"rank": 4, "columns": 3},
     "rows": {"rank": 4, "rows": 3},
     "thresholded": {"rank": 4, "columns": 5, "entries": 41},
-    "unstructured": {"rank": 4, "columns": IN, "entries": 41},
+    "unstructured": {"rank": 0, "columns": IN, "entries": 41},
     "unpivoted": {"rank": 4, "columns": 3, "pivoted": 0},
     "unpivoted rows": {"rank": 4, "rows": 3, "pivoted": 0},
     "columns only": {"rank": 0, "columns": 3},
@@ -66,6 +69,8 @@ def solved(layer: RandomLayer, parameters: Parameters) -> Decomposition:
     counts = {name: int(parameters.get(name, 0)) for name in ("rank", "columns")}
     if "entries" in parameters:
         entries = int(parameters["entries"])
+        if counts["columns"] == IN:
+            return decompose_pruned(layer.W_OI, Metric(layer.gram), entries)
         return decompose_thresholded(layer.W_OI, layer.gram, **counts, entries=entries)
     return decompose(layer.W_OI, layer.gram, **counts, rows=int(parameters.get("rows", 0)))
 
@@ -308,3 +313,22 @@ def test_a_damaged_stream_is_named_not_run(generator: torch.Generator) -> None:
     packed.codes[0] = 77
     with pytest.raises(CheckpointError, match=f"trellis part of a {OUT} x {IN} layer.*damaged"):
         packed(torch.zeros(1, IN))
+
+
+@pytest.mark.parametrize(("step", "most"), [(0.3, 9), (0.02, 13), (3e-4, 17), (1e-6, 33)])
+def test_large_integers_take_no_more_than_their_own_width_in_memory(
+    step: float, most: float, generator: torch.Generator
+) -> None:
+    """At low ratios codes have ten bits and more: not in lists of exceptions, then."""
+    W_OI = torch.randn(96, 128, generator=generator)
+    codes = round_entropy_coded(W_OI, Metric(torch.eye(128).double()).factor, step)
+    form, tensors = Trellis.of(codes, None)
+    layer, stored_as = assemble(Shape(96, 128), [(form, tensors)], {}, torch.bfloat16)
+    packed = PackedLinear(Shape(96, 128), layer, torch.bfloat16)
+    packed.load_state_dict(stored_as)
+    packed.release_encoded()
+    assert 8 * packed.resident_bytes() / W_OI.numel() < most
+    torch.testing.assert_close(packed.dense_weight(), codes.dense(), rtol=1e-6, atol=0)
+    x = torch.randn(3, 128, generator=generator)
+    torch.testing.assert_close(packed(x), x @ codes.dense().T, rtol=1e-4, atol=1e-3)
+    assert torch.equal(packed.state_dict()["codes"], stored_as["codes"])
