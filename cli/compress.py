@@ -15,6 +15,7 @@ Examples:
   lrsd compress ./my-model --ratio 2x --dry-run
   lrsd compress ./my-model --ratio 1.25x --bits 16 -o low-rank
   lrsd compress ./my-model --ratio 3.8x --format compressed-tensors -o for-vllm
+  lrsd compress model-bf16.gguf --size 80MB --format gguf -o model-80.gguf
   lrsd compress ./my-model --ratio 3.5x --method gptq -o peer
   lrsd compress ./my-model --ratio 4x -o out --resume
 """
@@ -22,7 +23,9 @@ Examples:
 
 @click.command(epilog=_COMPRESS_EXAMPLES)
 @click.argument("model")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="New directory for the checkpoint.")
+@click.option(
+    "-o", "--output", type=click.Path(path_type=Path), help="New directory for the checkpoint, or NAME.gguf."
+)
 @settings_options  # type: ignore[untyped-decorator]  # mypy knows this package as `cli`
 @click.option(
     "--dry-run", is_flag=True, help="Show the plan per layer, its bytes and a time estimate; write nothing."

@@ -16,7 +16,7 @@ _INSPECT_EXAMPLES = """
 \b
 Examples:
   lrsd inspect out
-  lrsd inspect out --plot layers.png
+  lrsd inspect out --plot layers.png --memory
   lrsd inspect out --json
 """
 _VERIFY_EXAMPLES = """
@@ -97,29 +97,40 @@ def evaluate(
     metavar="PNG",
     help="Also draw error and bytes per layer into this file.",
 )
+@click.option(
+    "--memory",
+    is_flag=True,
+    help="Also load every layer, one after the other, and say what it holds in memory.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the manifest as JSON.")
-def inspect(directory: Path, plot: Path | None, as_json: bool) -> None:
+def inspect(directory: Path, plot: Path | None, memory: bool, as_json: bool) -> None:
     """Show every layer of a compressed DIRECTORY: rank, kept columns and rows, bits, bytes, error."""
     from dataclasses import asdict
 
     from lrsd.checkpoint.manifest import read_manifest
+    from lrsd.checkpoint.reader import resident_bits
     from lrsd.report import layer_table, plot_layers, summary_lines
 
     manifest = read_manifest(directory)
     if plot is not None:
         plot_layers(manifest, plot)
-    click.echo(
-        json.dumps(asdict(manifest), indent=1)
-        if as_json
-        else "\n".join([layer_table(manifest), "", *summary_lines(manifest)])
-    )
+    if as_json:
+        about = asdict(manifest) | ({"resident_bits": resident_bits(directory)} if memory else {})
+        click.echo(json.dumps(about, indent=1))
+        return
+    lines = [layer_table(manifest), "", *summary_lines(manifest)]
+    if memory:
+        lines.append(f"in memory       {resident_bits(directory):.3g} bits per weight on this machine's CPU")
+    click.echo("\n".join(lines))
 
 
 @click.command(epilog=_VERIFY_EXAMPLES)
 @click.argument("directory", type=click.Path(path_type=Path))
 def verify(directory: Path) -> None:
-    """Compare every file of a compressed DIRECTORY with the digest that its manifest holds."""
+    """Compare every file of a compressed DIRECTORY, or the tensors of a GGUF file, with the digests in its
+    manifest."""
     from lrsd.checkpoint.verify import verify as run
 
     manifest = run(directory)
-    click.echo(f"{len(manifest.files)} files are as lrsd {manifest.lrsd_version} wrote them")
+    what = "its tensors are" if directory.is_file() else f"{len(manifest.files)} files are"
+    click.echo(f"{what} as lrsd {manifest.lrsd_version} wrote them")

@@ -8,20 +8,22 @@ from pathlib import Path
 
 import torch
 
-from lrsd.checkpoint.manifest import MANIFEST_NAME, Manifest, read_manifest
+from lrsd.checkpoint.manifest import Manifest, holds_manifest, read_manifest
 from lrsd.checkpoint.writer import publish, require_free, require_place
 from lrsd.errors import InputError, LrsdError
+from lrsd.methods.gguf import Gguf
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
+from lrsd.steps.embeddings import fit_embeddings
 from lrsd.steps.fit import fit_blocks
 from lrsd.steps.prepare import Clock, Prepared, prepare
 from lrsd.steps.source import SourceModel, load_source
 from lrsd.steps.write import (
     Compressed,
-    convert_checkpoint,
     environment,
     require_convertible,
-    write_checkpoint,
+    require_suits,
+    write_result,
 )
 from lrsd.work.journal import Journal, difference, partial_directory
 from lrsd.work.process import Process
@@ -52,9 +54,10 @@ def compress(
     """
     progress, clock = progress or Progress(), Clock()
     require_place(output)
+    require_suits(output, recipe.run.format)
     with work_towards(output, resume) as journal, torch.no_grad(), ExitStack() as undone:
         journal.claim(recipe=recipe.to_dict(), environment=environment(recipe))
-        finished = resume and not journal.begun and (output / MANIFEST_NAME).is_file()
+        finished = resume and not journal.begun and holds_manifest(output)
         if not finished and WRITTEN not in journal:
             require_free(output)
         with clock("load"):
@@ -70,10 +73,14 @@ def compress(
                 prepared.replay, prepared.observation, prepared.plan, loaded.budget, recipe.method, progress,
                 journal,
             )  # fmt: skip
+            if loaded.gguf is not None:
+                assert isinstance(recipe.method, Gguf)
+                fitted |= fit_embeddings(
+                    loaded.loaded.model, loaded.embeddings, recipe.method, prepared.plan, journal
+                )
             done = Compressed(loaded, recipe, prepared.observation, prepared.plan, fitted, prepared.resources)
             written = journal.directory / _CHECKPOINT
-            write_checkpoint(done, written, clock.with_steps(journal))
-            convert_checkpoint(written, recipe.run.format)
+            write_result(done, written, clock.with_steps(journal))
             journal.finish(WRITTEN)
         return move_into_place(journal, output)
 
@@ -124,7 +131,7 @@ def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
 
 def move_into_place(journal: Journal, output: Path) -> Manifest:
     """A written checkpoint appears under its name, and the journal goes."""
-    if (written := journal.directory / _CHECKPOINT).is_dir():
+    if (written := journal.directory / _CHECKPOINT).exists():
         publish(written, output)
     manifest = read_manifest(output)
     journal.remove()

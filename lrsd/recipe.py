@@ -11,7 +11,7 @@ from lrsd.methods.lrsd import Lrsd
 from lrsd.settings import Budget, Calibration, Run, Selection
 
 # The method whose results a format can hold.
-METHOD_OF_FORMAT = {"compressed-tensors": "integers"}
+METHOD_OF_FORMAT = {"compressed-tensors": "integers", "gguf": "gguf"}
 GROUPS: dict[str, type] = {"budget": Budget, "selection": Selection, "calibration": Calibration, "run": Run}
 
 
@@ -33,7 +33,11 @@ class Recipe:
                 f"format {name} holds what --method {needed} makes, not {self.method_name}; leave out one of "
                 "the two"
             )
-        if needed and self.budget.scope == "checkpoint":
+        if self.method_name == "gguf" and name != "gguf":
+            raise SettingsError(
+                f"method gguf makes what format gguf holds, not {name}; leave out one of the two"
+            )
+        if name == "compressed-tensors" and self.budget.scope == "checkpoint":
             raise SettingsError(
                 f"format {name} keeps embeddings and head at 16 bit, which --scope checkpoint would have in "
                 "8; leave out one of the two"
@@ -50,6 +54,12 @@ class Recipe:
         method = method or needed or "lrsd"
         if method not in METHODS:
             raise SettingsError(f"method must be one of {', '.join(METHODS)}, got {method!r:.40}")
+        if method == "gguf":
+            options.setdefault("format", "gguf")
+        if options.get("ratio", 0) is None:  # of a recipe that has a size
+            del options["ratio"]
+        if options.get("size") is not None or options.get("format") == "gguf":
+            options.setdefault("scope", "checkpoint")
         kinds = {**GROUPS, "method": METHODS[method]}
         owners = {f.name: name for name, kind in kinds.items() for f in fields(kind)}
         given: dict[str, dict[str, Any]] = {name: {} for name in kinds}
@@ -68,7 +78,7 @@ class Recipe:
         options: dict[str, Any] = {"method": self.method_name}
         for part in (self.budget, self.method, self.selection, self.calibration, self.run):
             options |= {f.name: getattr(part, f.name) for f in fields(part)}
-        options["ratio"] = f"{float(self.budget.ratio)!r}x"
+        options["ratio"] = None if self.budget.size else f"{float(self.budget.ratio)!r}x"
         return {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
 
 

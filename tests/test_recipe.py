@@ -20,6 +20,7 @@ OTHER: dict[str, Any] = {
     "device": "cpu", "dtype": "float16", "shard_size": "500MB",
     "bits": "4", "coding": "fixed", "group": 32, "structure": "column", "mean_correction": True,
     "alternations": 2, "block": 64, "widths": "4,8", "groups": "64", "format": "compressed-tensors",
+    "types": "Q4_0,Q8_0", "sweeps": 1,
 }  # fmt: skip
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -77,7 +78,7 @@ def test_shares_are_equal_and_the_first_sources_have_what_is_left_over(samples: 
 
 def test_every_option_has_another_value_in_this_test() -> None:
     for method in METHODS:
-        assert set(options_of(method)) - {"rank"} <= set(OTHER)
+        assert set(options_of(method)) - {"rank", "size"} <= set(OTHER)
     assert Recipe.of(ratio=2, rank="17", bits="16").method.to_dict()["rank"] == 17
     assert Recipe.of(**Recipe.of(ratio=2, rank="energy").to_dict()).method.to_dict()["rank"] == "energy"
 
@@ -172,7 +173,7 @@ def test_an_impossible_value_is_refused(options: dict[str, Any]) -> None:
 
 
 def test_a_ratio_is_required() -> None:
-    with pytest.raises(SettingsError, match="ratio must be above 1x"):
+    with pytest.raises(SettingsError, match="give either --ratio, like 4x, or --size"):
         Recipe.of()
 
 

@@ -474,7 +474,7 @@ def test_a_resumed_run_decodes_each_record_once(
     """Killed after everything was fitted; the fit that is left undone reads moments, which hold no menus."""
     settings = Recipe.of(ratio=4, propagate=False, batch=4)
     with monkeypatch.context() as patch:
-        patch.setattr("lrsd.compress.write_checkpoint", lambda *arguments: _stop(0, None))
+        patch.setattr("lrsd.compress.write_result", lambda *arguments: _stop(0, None))
         with pytest.raises(KeyboardInterrupt):
             run(settings=settings)
     assert finished(partial)[-1] == "fit-0001"

@@ -6,19 +6,29 @@ from huggingface_hub import ModelCardData
 
 from lrsd.checkpoint.manifest import Manifest
 
+_ENGINES = {
+    "lrsd": "transformers after `import lrsd`, vLLM by lrsd's plugin",
+    "compressed-tensors": "transformers, vLLM, SGLang, without lrsd",
+    "gguf": "llama.cpp and what is built on it, transformers",
+}
+
 
 def result_lines(manifest: Manifest) -> list[str]:
     """A few lines: ratios, bits, multiply-adds."""
     kinds = _kinds(manifest)
     whole = manifest.recipe.get("scope") == "checkpoint"
+    what = "linear weights"
     kept = "embeddings and head in 8 bit" if whole else "embeddings, head and norms are kept"
+    if whole and manifest.recipe.get("format") == "gguf":
+        what, kept = "matrices", "embeddings and head among them"
     return [
-        f"linear weights  {_mb(manifest.dense_linear_bytes)} -> {_mb(manifest.linear_bytes)}, "
+        f"{what:<15} {_mb(manifest.dense_linear_bytes)} -> {_mb(manifest.linear_bytes)}, "
         f"{manifest.ratio:.4g}x, {manifest.bits_per_weight:.3g} bits per weight",
         f"checkpoint      {manifest.checkpoint_ratio:.4g}x as a whole ({kept})",
         f"multiply-adds   {manifest.macs_per_token / 1e6:.1f} M per token in the linear weights, "
         f"dense {manifest.dense_macs_per_token / 1e6:.1f} M",
         f"layers          {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
+        f"runs in         {_ENGINES[manifest.recipe.get('format', 'lrsd')]}",
         *_left_alone(manifest),
     ]
 

@@ -1,11 +1,13 @@
 """The manifest: what was done, to what, and what came of it."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lrsd.errors import CheckpointError
 from lrsd.forms.layer import parse_layer
+from lrsd.intake.gguf import read_gguf_text
 from lrsd.intake.json import read_json
 from lrsd.work.files import write_json
 from lrsd.work.records import decode
@@ -15,6 +17,10 @@ MANIFEST_VERSION = 2
 RECIPE_NAME = "recipe.json"
 CARD_NAME = "README.md"
 RUN_NAME = "run.json"
+# In the metadata of a GGUF file.
+GGUF_PREFIX, GGUF_MANIFEST = "lrsd.", "manifest"
+# What a manifest there calls the data of all tensors.
+GGUF_TENSORS = "tensors"
 
 
 @dataclass(frozen=True)
@@ -83,14 +89,25 @@ class Manifest:
     version: int = field(default=MANIFEST_VERSION)
 
 
+def holds_manifest(path: Path) -> bool:
+    """Whether a directory or GGUF file is a result of this program's."""
+    if path.is_file():
+        return _of_gguf(path) is not None
+    return (path / MANIFEST_NAME).is_file()
+
+
 def read_manifest(directory: Path) -> Manifest:
-    """Raises: CheckpointError if the directory is no compressed checkpoint this release can read."""
-    path = directory / MANIFEST_NAME
-    if not path.is_file():
+    """Of a directory, or of a GGUF file, which has it in its metadata.
+
+    Raises: CheckpointError if it is no result of this program's that this release can read.
+    """
+    path = directory if directory.is_file() else directory / MANIFEST_NAME
+    if not holds_manifest(directory):
+        what = "metadata of lrsd's" if directory.is_file() else MANIFEST_NAME
         raise CheckpointError(
-            f"{directory} holds no {MANIFEST_NAME}; expected a directory written by lrsd compress"
+            f"{directory} holds no {what}; expected a directory or a GGUF file written by lrsd compress"
         )
-    content = read_json(path)
+    content = json.loads(_of_gguf(path) or "") if directory.is_file() else read_json(path)
     if content.get("version") != MANIFEST_VERSION:
         raise CheckpointError(
             f"{path} has version {content.get('version')}, this lrsd reads {MANIFEST_VERSION}"
@@ -101,6 +118,20 @@ def read_manifest(directory: Path) -> Manifest:
         return decode(Manifest, content)
     except (TypeError, KeyError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is not a complete lrsd manifest: {error}") from error
+
+
+def _of_gguf(path: Path) -> str | None:
+    if path.suffix != ".gguf":
+        return None
+    return read_gguf_text(path, f"{GGUF_PREFIX}{GGUF_MANIFEST}")
+
+
+def manifest_text(manifest: Manifest) -> str:
+    """As a GGUF file has it: without what differs from run to run."""
+    content = asdict(manifest)
+    for name in ("seconds", "memory"):
+        del content[name]
+    return json.dumps(content, separators=(",", ":"))
 
 
 def write_manifest(directory: Path, manifest: Manifest) -> None:

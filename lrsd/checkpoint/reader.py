@@ -49,6 +49,8 @@ class StoredModel:
 
     def __init__(self, directory: Path) -> None:
         """Raises: InputError or CheckpointError for a directory that is not in order, or not compressed."""
+        if directory.is_file():
+            raise CheckpointError(f"{directory} is a file; expected a directory written by lrsd compress")
         self.directory = directory
         self.config: dict[str, Any] = read_json(directory / "config.json")
         entry = self.config.get("quantization_config")
@@ -107,6 +109,20 @@ def _packed(name: str, layer: Layer, tensors: dict[str, Tensor]) -> PackedLinear
         raise CheckpointError(f"layer {name} does not match its entry in config.json: {error}") from error
     packed.check(name)
     return packed
+
+
+def resident_bits(directory: Path) -> float:
+    """Bits per weight that the packed layers hold in memory once loaded here, one at a time.
+
+    Raises: CheckpointError for damaged layers, or a directory that is not compressed.
+    """
+    held = weights = 0
+    for layer in StoredModel(directory).layers():
+        if (packed := layer.packed) is not None:
+            packed.release_encoded()
+            held += packed.resident_bytes()
+            weights += packed.in_features * packed.out_features
+    return 8 * held / max(weights, 1)
 
 
 def stored_bytes(directory: Path, layers: dict[str, Any] | None = None) -> int:

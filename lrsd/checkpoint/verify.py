@@ -1,14 +1,37 @@
 """Every file of a checkpoint against its SHA-256 in the manifest."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-from lrsd.checkpoint.manifest import CARD_NAME, MANIFEST_NAME, RUN_NAME, Manifest, read_manifest
+import numpy as np
+
+from lrsd.checkpoint.manifest import (
+    CARD_NAME,
+    GGUF_TENSORS,
+    MANIFEST_NAME,
+    RUN_NAME,
+    Manifest,
+    read_manifest,
+)
 from lrsd.errors import CheckpointError
 
 
+def digest_of(tensors: Iterable[Any]) -> str:
+    """SHA-256 of the data of all tensors of a GGUF file, one after the other."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(np.ascontiguousarray(tensor.data).view(np.uint8).data)
+    return digest.hexdigest()
+
+
 def digests(directory: Path) -> dict[str, str]:
-    """SHA-256 by name of the files that a manifest vouches for."""
+    """SHA-256 by name of the files that a manifest vouches for; of the tensors of a GGUF file."""
+    if directory.is_file():
+        from gguf import GGUFReader
+
+        return {GGUF_TENSORS: digest_of(GGUFReader(directory).tensors)}
     found = {}
     for path in sorted(directory.iterdir()):
         if path.is_file() and path.name not in (MANIFEST_NAME, RUN_NAME, CARD_NAME):

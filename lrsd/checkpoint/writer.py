@@ -82,12 +82,13 @@ def new_directory(target: Path) -> Iterator[Path]:
 
 
 def publish(written: Path, target: Path) -> None:
-    """Sync a directory and let it appear under another name. Raises: StorageError."""
+    """Sync a directory, or a file, and let it appear under another name. Raises: StorageError."""
     with refusals(target):
         for path in (*written.rglob("*"), written):
             sync(path)
-        written.chmod(0o755)
-        if target.exists():
+        if written.is_dir():
+            written.chmod(0o755)
+        if target.is_dir():
             target.rmdir()
         written.rename(target)
         sync(target.absolute().parent)

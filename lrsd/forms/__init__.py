@@ -2,6 +2,7 @@
 
 from lrsd.forms.base import Form
 from lrsd.forms.entropy import Entropy
+from lrsd.forms.ggml import Ggml
 from lrsd.forms.groupwise import Groupwise
 from lrsd.forms.lowrank import LowRank
 from lrsd.forms.masked import Masked
@@ -12,6 +13,7 @@ FORMS: dict[str, type[Form]] = {
     "low_rank": LowRank,
     "masked": Masked,
     "entropy": Entropy,
+    "ggml": Ggml,
     "groupwise": Groupwise,
     "symmetric": Symmetric,
     "trellis": Trellis,

@@ -8,8 +8,8 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors
+from lrsd.numerics.blocks import BlockCodes, Grid
 from lrsd.numerics.coding import pack_codes, unpack_codes
-from lrsd.numerics.symmetric import SymmetricCodes
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,11 +33,18 @@ class Symmetric(Form):
         if not 2 <= self.bits <= 8 or self.group < 32 or self.group % 32:
             raise ValueError(f"codes of {self.bits} bits in groups of {self.group}; 2 to 8, multiples of 32")
 
+    @property
+    def grid(self) -> Grid:
+        half = 2 ** (self.bits - 1)
+        return Grid(tuple(range(-half, half)), self.group, self.group)
+
     @staticmethod
-    def of(codes: SymmetricCodes) -> tuple["Symmetric", dict[str, Tensor]]:
-        form, shape = Symmetric(codes.bits, codes.group), torch.tensor(codes.codes_OI.shape)
-        tensors = form.encode({"codes": codes.codes_OI}, {}) | {"weight_scale": codes.scales_OG}
-        return form, tensors | {"weight_shape": shape}
+    def of(codes: BlockCodes) -> tuple["Symmetric", dict[str, Tensor]]:
+        """codes: on the `grid` of some width and group."""
+        form = Symmetric(len(codes.grid.levels).bit_length() - 1, codes.grid.group)
+        values_OI = codes.codes_OI.to(torch.int16) + codes.grid.levels[0]
+        tensors = form.encode({"codes": values_OI}, {}) | {"weight_scale": codes.steps_OB}
+        return form, tensors | {"weight_shape": torch.tensor(codes.codes_OI.shape)}
 
     def tensors(self, shape: Shape) -> Specs:
         words = -(-shape.in_features * self.bits // 32)
@@ -70,7 +77,8 @@ class Symmetric(Form):
         return linear(x, self.dense(loaded, shape).to(x.dtype))
 
     def dense(self, loaded: Tensors, shape: Shape) -> Tensor:
-        return SymmetricCodes(loaded["codes"], loaded["weight_scale"], self.bits, self.group).dense()
+        scales_OG = loaded["weight_scale"].float()
+        return (loaded["codes"].float().view(*scales_OG.shape, -1) * scales_OG[..., None]).flatten(1)
 
     def macs(self, shape: Shape) -> int:
         return shape.out_features * shape.in_features

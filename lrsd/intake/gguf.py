@@ -39,21 +39,36 @@ def read_gguf_header(path: Path) -> dict[str, StoredTensor]:
         raise InputError(f"{path} is not a readable GGUF file: {error}") from error
 
 
-def _tensors(path: Path, content: mmap) -> dict[str, StoredTensor]:
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+def read_gguf_text(path: Path, key: str) -> str | None:
+    """A field of the header that is a text; None if it has none of that name. Raises: InputError."""
+    try:
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            found = _fields(_Header(content))[1].get(key)
+    except (ValueError, struct.error) as error:
+        raise InputError(f"{path} is not a readable GGUF file: {error}") from error
+    return found if isinstance(found, str) else None
 
-    header = _Header(content)
-    if content[:4] != b"GGUF":
+
+def _fields(header: "_Header") -> tuple[int, dict[str, int | str | None]]:
+    """The number of tensors, and the fields that are one number or text, None standing for the others."""
+    if header.magic() != b"GGUF":
         raise ValueError("it does not begin with GGUF")
-    header.place = 4
     if (version := header.number("I")) not in _VERSIONS:
         raise ValueError(f"its version is {version}, little-endian versions 2 and 3 are read")
     num_tensors, num_fields = header.number("Q"), header.number("Q")
     if max(num_tensors, num_fields) > _MOST_TENSORS:
         raise ValueError(f"it should hold {num_tensors:,} tensors and {num_fields:,} fields")
-    fields = {header.text(): header.value() for _ in range(num_fields)}
+    return num_tensors, {header.text(): header.value() for _ in range(num_fields)}
+
+
+def _tensors(path: Path, content: mmap) -> dict[str, StoredTensor]:
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    header = _Header(content)
+    num_tensors, fields = _fields(header)
     for key, value in fields.items():
-        if key.endswith(_COUNTS) and value is not None and not 0 <= value <= max(num_tensors, _FREE_COUNT):
+        counted = key.endswith(_COUNTS) and isinstance(value, int | float)
+        if counted and not 0 <= value <= max(num_tensors, _FREE_COUNT):  # type: ignore[operator]
             raise ValueError(f"its {key} is {value:,}, its tensors {num_tensors:,}")
     found: dict[str, StoredTensor] = {}
     spans = []
@@ -66,7 +81,8 @@ def _tensors(path: Path, content: mmap) -> dict[str, StoredTensor]:
         block, nbytes = GGML_QUANT_SIZES[kind]
         spans.append((offset, offset + prod(shape) * nbytes // block))
         found[name] = StoredTensor(shape, kind.name, path)
-    alignment = fields.get("general.alignment") or _ALIGNMENT
+    alignment = fields.get("general.alignment")
+    alignment = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
     room = len(content) + -header.place // alignment * alignment
     _check_spans(spans, room)
     return found
@@ -89,6 +105,10 @@ class _Header:
     def __init__(self, content: mmap) -> None:
         self._content, self.place, self._entries = content, 0, 0
 
+    def magic(self) -> bytes:
+        self._skip(4)
+        return self._content[:4]
+
     def number(self, letter: str) -> int:
         value: int
         (value,) = struct.unpack_from(f"<{letter}", self._content, self.place)
@@ -100,14 +120,14 @@ class _Header:
         self._skip(length)
         return self._content[self.place - length : self.place].decode()
 
-    def value(self) -> int | None:
-        """Skip a field's type and value. Returns: the value if it is a single number."""
+    def value(self) -> int | str | None:
+        """Skip a field's type and value. Returns: the value if it is a single number or text."""
         kind = self.number("I")
         if kind in _NUMBERS:
             return self.number(_NUMBERS[kind])
         if kind == _STRING:
-            self._skip(self.number("Q"))
-        elif kind == _ARRAY:
+            return self.text()
+        if kind == _ARRAY:
             self._skip_values(self.number("I"), self.number("Q"))
         else:
             raise ValueError(f"it has a field of type {kind}")

@@ -2,6 +2,7 @@
 
 from lrsd.methods.base import Method
 from lrsd.methods.columns import Columns
+from lrsd.methods.gguf import Gguf
 from lrsd.methods.gptq import Gptq
 from lrsd.methods.integers import Integers
 from lrsd.methods.lrsd import Lrsd
@@ -12,6 +13,7 @@ from lrsd.methods.svd import Asvd, Svd, SvdLlm
 METHODS: dict[str, type[Method]] = {
     "lrsd": Lrsd,
     "integers": Integers,
+    "gguf": Gguf,
     "gptq": Gptq,
     "sparsegpt": SparseGpt,
     "ssd": Ssd,

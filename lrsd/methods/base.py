@@ -32,6 +32,7 @@ class State(StrEnum):
     BEST = "best of several"  # of an alternation
     PRUNED = "pruned"
     DENSE = "dense"  # as allocated
+    KEPT = "kept"  # as the source has it
     UNSOLVED = "unsolved"  # left dense, since it has no solution
 
 
@@ -152,6 +153,8 @@ class Method:
     weighs_tokens: ClassVar[bool] = False
     # Whether layers are rounded to integers, for which the allocation's promises hold down to small losses.
     rounds: ClassVar[bool] = False
+    # Whether a layer that stays dense is taken from the source as it stands there.
+    copies_dense: ClassVar[bool] = False
     # Whether linears that read the same input are to be stored alike, all at the same offer.
     ties_inputs: ClassVar[bool] = False
 

@@ -6,17 +6,15 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
-from torch import Tensor
 
 from lrsd.errors import SettingsError
 from lrsd.forms.layer import Layer
 from lrsd.forms.symmetric import Symmetric
 from lrsd.methods.base import LayerProblem, Method, Probe, Solution, State, Status, Summand, store
+from lrsd.numerics.blocks import BlockCodes, nearest_error, remaining_variances, round_to_blocks
 from lrsd.numerics.menu import Choice, Menu
 from lrsd.numerics.metric import Metric
 from lrsd.numerics.moments import Moments
-from lrsd.numerics.rounding import DAMPING
-from lrsd.numerics.symmetric import SymmetricCodes, round_symmetric, weighted_error
 from lrsd.settings import Allocation, check_options, option
 
 _WIDTHS, _GROUPS = range(2, 9), (32, 64, 128, 256)
@@ -28,9 +26,9 @@ _MEASURED_BITS = 4
 class Integers(Method):
     """W_ij ~ Q_ij s_ig, Q of 2 to 8 bits around zero, g a group of columns; a width and group size per layer.
 
-    min tr((W - A) G (W - A)^T) by error feedback (GPTQ, ICLR 2023), and then scales and codes by turns (see
-    `numerics.symmetric`). Linears that read the same input have the same width and groups, since engines fuse
-    them.
+    min tr((W - A) G (W - A)^T) by error feedback (GPTQ, ICLR 2023), and then coordinate descent over scales
+    and codes (see `numerics.blocks`). Linears that read the same input have the same width and groups, since
+    engines fuse them.
     """
 
     default_allocation: ClassVar[Allocation] = "auto"
@@ -49,7 +47,7 @@ class Integers(Method):
         "Columns per scale, of which each layer has one that divides its columns.",
         metavar="N,...",
     )
-    alternations: int = option(5, "Rounds of refitting scales and codes to each other.", least=0)
+    sweeps: int = option(5, "Rounds of coordinate descent over scales and codes.", least=0)
 
     def __post_init__(self) -> None:
         check_options(self)
@@ -67,25 +65,24 @@ class Integers(Method):
         groups = [size for size in _numbers("groups", self.groups, _GROUPS) if shape.in_features % size == 0]
         if not groups:
             return Menu.of(shape.dense_bytes)
-        energy, variances_I, W_OI = problem.energy or math.inf, _variances(problem), problem.W_OI.float()
-        nearest, group = min(widths, key=lambda width: abs(width - _MEASURED_BITS)), groups[0]
-        predicted = weighted_error(W_OI, variances_I, nearest, group)
-        factor = _lost(problem, _round(problem, nearest, group, 0)) / predicted if predicted else 1.0
+        energy, W_OI = problem.energy or math.inf, problem.W_OI.float()
+        variances_I = remaining_variances(problem.metric.factor)
+        nearest = Symmetric(min(widths, key=lambda width: abs(width - _MEASURED_BITS)), groups[0])
+        predicted = nearest_error(W_OI, variances_I, nearest.grid, problem.dtype)
+        factor = _lost(problem, _round(problem, nearest, 0)) / predicted if predicted else 1.0
         offers = [(width, size) for width in widths for size in groups]
+        errors = [nearest_error(W_OI, variances_I, Symmetric(*offer).grid, problem.dtype) for offer in offers]
         return Menu.of(
             shape.dense_bytes,
             [Layer(terms=(Symmetric(*offer),)).nbytes(shape) for offer in offers],
-            [factor * weighted_error(W_OI, variances_I, *offer) / energy for offer in offers],
+            [factor * error / energy for error in errors],
             {"bits": [width for width, _ in offers], "group": [size for _, size in offers]},
         )
 
     def solve(self, problem: LayerProblem, choice: Choice, *, quick: bool = False) -> Solution:
-        alternations = 0 if quick else self.alternations
-        codes = _round(problem, choice.count("bits"), choice.count("group"), alternations)
-        form, tensors = Symmetric.of(codes)
-        loaded = {"codes": codes.codes_OI, "weight_scale": tensors["weight_scale"]}
-        status = Status(State.ROUNDED, damping=problem.metric.factor.damping)
-        return store(problem, [Summand(form, tensors, loaded)], status=status)
+        form = Symmetric(choice.count("bits"), choice.count("group"))
+        summand = Summand(*Symmetric.of(_round(problem, form, 0 if quick else self.sweeps)))
+        return store(problem, [summand], status=Status(State.ROUNDED, damping=problem.metric.factor.damping))
 
     def probe(self, problem: LayerProblem, menu: Menu) -> Probe:
         """The layer at its equal share, or at 4 bit where that has more: below, the change of the output
@@ -94,7 +91,7 @@ class Integers(Method):
         choice = menu.choice(menu.within(share) or 0)
         if choice.is_dense:
             return Probe(problem.W_OI.float(), 0.0)
-        codes = _round(problem, choice.count("bits"), choice.count("group"), 0)
+        codes = _round(problem, Symmetric(choice.count("bits"), choice.count("group")), 0)
         error = _lost(problem, codes) / max(problem.energy, torch.finfo(torch.float64).tiny)
         return Probe(problem.unscaled(codes.dense()), error)
 
@@ -109,22 +106,12 @@ def _numbers(name: str, text: str, among: Sequence[int]) -> list[int]:
     return sorted(numbers)
 
 
-def _round(problem: LayerProblem, bits: int, group: int, alternations: int) -> SymmetricCodes:
-    gram_II = problem.metric.single.gram
-    gram_II = gram_II + (DAMPING * gram_II.diagonal()).diag()
-    return round_symmetric(
-        problem.W_OI, problem.metric.factor, gram_II, bits, group, dtype=problem.dtype,
-        alternations=alternations,
-    )  # fmt: skip
+def _round(problem: LayerProblem, form: Symmetric, sweeps: int) -> BlockCodes:
+    metric = problem.metric
+    return round_to_blocks(
+        problem.W_OI, metric.factor, metric.damped, form.grid, dtype=problem.dtype, sweeps=sweeps
+    )
 
 
-def _lost(problem: LayerProblem, codes: SymmetricCodes) -> float:
+def _lost(problem: LayerProblem, codes: BlockCodes) -> float:
     return problem.metric.energy(problem.W_OI.float() - codes.dense())
-
-
-def _variances(problem: LayerProblem) -> Tensor:
-    """Of every input channel, what the channels rounded after it cannot explain."""
-    factor = problem.metric.factor
-    variances_I = torch.empty(factor.width, device=problem.W_OI.device)
-    variances_I[factor.order_I] = factor.upper_II.diagonal().float() ** -2
-    return variances_I

@@ -75,6 +75,10 @@ class Menu:
             tuple(sets),
         )
 
+    def with_dense_bytes(self, nbytes: int) -> "Menu":
+        """The same offers beside a dense weight that takes so many bytes."""
+        return Menu.of(nbytes, self.nbytes_N[:-1], self.errors_N[:-1], self.parameters, self.sets)
+
     def __len__(self) -> int:
         return len(self.nbytes_N)
 

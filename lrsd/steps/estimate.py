@@ -16,7 +16,7 @@ from lrsd.numerics.divergence import DISTANCE_VALUES
 from lrsd.recipe import Recipe
 from lrsd.settings import parse_size
 from lrsd.steps.plan import compared_rows, may_propagate, needs_sensitivity
-from lrsd.steps.propagate import PROPAGATED
+from lrsd.steps.propagate import followed
 from lrsd.steps.sensitivity import probe_rows
 from lrsd.work.process import peak_rss
 from lrsd.work.residency import Residence
@@ -114,9 +114,12 @@ def estimate_resources(
     hidden = samples.positions * _STREAMS * layout.stream_width
     if propagate:
         inputs = max(sum(group.in_features for group in block.groups) for block in layout.blocks)
-        followed = samples[: PROPAGATED + recipe.calibration.batch - 1].positions
-        hidden += followed * (_PAIR_STREAMS * layout.stream_width + inputs)
-    written = 1 if recipe.run.format == "lrsd" else 2  # another format is written from the first
+        least = followed(rounds=recipe.method.rounds)
+        positions = samples[: least + recipe.calibration.batch - 1].positions
+        hidden += positions * (_PAIR_STREAMS * layout.stream_width + inputs)
+    written = (
+        2 if recipe.run.format == "compressed-tensors" else 1
+    )  # another format is written from the first
     disk = stored + value * hidden + budget + written * (budget + kept)
     return ResourceEstimate(max(memory, peak_rss()), disk)
 

@@ -95,7 +95,9 @@ def fit_blocks(
         ledger.open(index)
         finished = step in workspace
         if not finished:
-            streams = TwoStreams.start(workspace, replay, index) if plan.propagate else None
+            streams = (
+                TwoStreams.start(workspace, replay, index, rounds=method.rounds) if plan.propagate else None
+            )
             found = FittedBlock(fit.run(index, streams))
             workspace.finish(step, found, keep=streams.finish() if streams else [])
         replay.finished(replay.block(index))
@@ -238,11 +240,11 @@ class _BlockFit:
         choice, limit = ledger.choice(slot.name), ledger.limit(slot.name)
         if choice.is_dense:
             ledger.charge(slot.name, choice.nbytes)
-            tensors = {}
-            if target.interpolation:
+            tensors, weight = {}, 0.0 if self.method.copies_dense else target.interpolation
+            if weight:
                 slot.write(problem.unscaled(problem.W_OI))
                 tensors["weight"] = slot.parameter.detach()
-            return Fitted(choice, 0.0, target.interpolation, Status(State.DENSE), tensors=tensors)
+            return Fitted(choice, 0.0, weight, Status(State.DENSE), tensors=tensors)
         try:
             if limit is None:
                 found = self.method.solve(problem, choice)

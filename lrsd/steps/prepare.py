@@ -5,14 +5,16 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lrsd.data.tokens import calibration_samples
+from lrsd.methods.gguf import Gguf
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
+from lrsd.steps.embeddings import observe_embeddings
 from lrsd.steps.estimate import (
     ResourceEstimate,
     TimeEstimate,
@@ -22,7 +24,7 @@ from lrsd.steps.estimate import (
 )
 from lrsd.steps.observe import Observation, fitted_samples, observe_model
 from lrsd.steps.plan import PLAN_STEP, Plan, choose_plan, may_propagate, needs_sensitivity
-from lrsd.steps.propagate import propagated_batches
+from lrsd.steps.propagate import followed_batches
 from lrsd.steps.source import SourceModel
 from lrsd.work.journal import Journal
 
@@ -103,6 +105,14 @@ def prepare(
         replay, samples, recipe.method, source.linear_ratio, probing=needs_sensitivity(recipe),
         progress=progress.step, note=progress.note, workspace=journal,
     )  # fmt: skip
+    if source.gguf is not None:
+        assert isinstance(recipe.method, Gguf)
+        observation = observe_embeddings(
+            replay, samples, source.embeddings, recipe.method, observation, journal
+        )
+        stored = {name: tensor.nbytes for name, tensor in source.gguf.tensors.items()}
+        menus = {name: menu.with_dense_bytes(stored[name]) for name, menu in observation.menus.items()}
+        observation = replace(observation, menus=menus)
     plan = choose_plan(
         replay, observation, samples, source.budget, source.linear_ratio, recipe, progress, journal
     )
@@ -128,7 +138,11 @@ def start_replay(
     replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.release)
     per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
     seconds = estimate_time(
-        layout, per_batch, len(batches), propagated_batches(replay), rounds=recipe.method.rounds
+        layout,
+        per_batch,
+        len(batches),
+        followed_batches(replay, rounds=recipe.method.rounds),
+        rounds=recipe.method.rounds,
     )
     left = 1 - (journal.count("observe-") + journal.count("fit-")) / (2 * len(layout.blocks))
     minutes = left * seconds.total(propagate=may_propagate(recipe)) / 60

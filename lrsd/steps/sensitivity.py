@@ -22,7 +22,12 @@ _READ_EVERY = 2
 
 def probe_rows(samples: Samples) -> int:
     """Rows of logits that a probe compares."""
-    return samples[:_SAMPLES].cut(_TOKENS).positions // _READ_EVERY
+    return probe_samples(samples).positions // _READ_EVERY
+
+
+def probe_samples(samples: Samples) -> Samples:
+    """What a probe runs on."""
+    return samples[:_SAMPLES].cut(_TOKENS)
 
 
 @contextmanager
@@ -87,7 +92,7 @@ class BlockProbe:
         before: Tensor | None = None,
     ) -> None:
         """start: the first block to measure; before: `after` of the block before it."""
-        self._samples = samples[:_SAMPLES].cut(_TOKENS)
+        self._samples = probe_samples(samples)
         with in_float32(model, layout):
             self._replay = Replay.start(model, layout, [self._samples])
             self._index = 0

@@ -1,22 +1,29 @@
 """The source model: loaded, traced and checked, and the bytes that its linear weights may take."""
 
 from dataclasses import dataclass
+from pathlib import Path
+
+from torch import Tensor
 
 from lrsd.data.sources import mixture_identity
 from lrsd.errors import BudgetError, InputError
-from lrsd.forms.base import VALUE_BYTES
+from lrsd.forms.base import VALUE_BYTES, Shape
 from lrsd.model.embedding import embedding_names, packed_bytes
-from lrsd.model.experts import unfuse_experts
+from lrsd.model.experts import fusions, unfuse_experts
+from lrsd.model.gguf import GgufSource, match_gguf
 from lrsd.model.layout import Layout, find_layout
 from lrsd.model.load import LoadedModel, check_finite, fingerprint, load_model
 from lrsd.model.types import Model
 from lrsd.recipe import Recipe
 from lrsd.settings import Budget
+from lrsd.steps.embeddings import matrices_of
 from lrsd.work.process import Process, allowed_memory
 from lrsd.work.residency import Residence
 
 # Of the linear weights, where 8-bit embeddings alone already meet the ratio of the checkpoint.
 _LEAST_RATIO = 1.001
+# Bytes that this program's metadata take in a GGUF file, and for each of its matrices besides.
+_METADATA, _METADATA_PER_MATRIX = 2**14, 2**10
 
 
 @dataclass(frozen=True)
@@ -24,6 +31,8 @@ class SourceModel:
     """A dense model with finite weights, what is to be compressed of it, on what text, within which bytes.
 
     fingerprint, text: what tells model and text from others. checkpoint_bytes: of all weights, at 16 bit.
+    gguf: the file that it came from, where another one is to be made of it; embeddings: what else the budget
+    is for then.
     """
 
     loaded: LoadedModel
@@ -34,11 +43,25 @@ class SourceModel:
     text: str
     budget: int
     checkpoint_bytes: int
+    gguf: GgufSource | None = None
+    embeddings: tuple[str, ...] = ()
+
+    @property
+    def shapes(self) -> dict[str, Shape]:
+        """Of every matrix that the budget is for."""
+        embeddings = {name: Shape(*self._weight(name)) for name in self.embeddings}
+        return {name: spec.shape for name, spec in self.layout.linears.items()} | embeddings
+
+    def _weight(self, name: str) -> tuple[int, int]:
+        weight = self.loaded.model.get_submodule(name).weight
+        assert isinstance(weight, Tensor)
+        rows, columns = weight.shape
+        return rows, columns
 
     @property
     def linear_bytes(self) -> int:
-        """Of the linear weights that are compressed, at 16 bit."""
-        return sum(spec.shape.dense_bytes for spec in self.layout.linears.values())
+        """Of the linear weights that are compressed, at 16 bit, and of what else the budget is for."""
+        return sum(shape.dense_bytes for shape in self.shapes.values())
 
     @property
     def linear_ratio(self) -> float:
@@ -67,11 +90,47 @@ def load_source(
     for name, weight in residence.passing():
         check_finite(name, weight)
     identity = fingerprint(loaded, residence.passing())
-    linear = sum(spec.shape.dense_bytes for spec in layout.linears.values())
-    budget = linear_budget(loaded.model, linear, recipe.budget)
-    return SourceModel(
-        loaded, layout, residence, limit, identity, text, budget, checkpoint_bytes(loaded.model)
+    linear, whole = (
+        sum(spec.shape.dense_bytes for spec in layout.linears.values()),
+        checkpoint_bytes(loaded.model),
     )
+    if recipe.run.format == "gguf":
+        file, embeddings = _gguf_source(source, loaded.model, layout, recipe.budget)
+        budget = gguf_budget(file, linear, whole, recipe.budget)
+        return SourceModel(loaded, layout, residence, limit, identity, text, budget, whole, file, embeddings)
+    budget = linear_budget(loaded.model, linear, recipe.budget)
+    return SourceModel(loaded, layout, residence, limit, identity, text, budget, whole)
+
+
+def _gguf_source(
+    source: str, model: Model, layout: Layout, asked: Budget
+) -> tuple[GgufSource, tuple[str, ...]]:
+    """The file, and embedding and head where they share the budget. Raises: InputError."""
+    if not source.endswith(".gguf"):
+        raise InputError(
+            f"format gguf is made of a GGUF file, got {source}; convert it with llama.cpp's "
+            "convert_hf_to_gguf.py --outtype bf16 first"
+        )
+    if fused := list(fusions(model)):
+        raise InputError(f"{fused[0]} has experts in fused tensors, which are not written to GGUF yet")
+    names = matrices_of(model, embedding_names(model)) if asked.scope == "checkpoint" else ()
+    return match_gguf(Path(source), model, (*layout.linears, *names)), names
+
+
+def gguf_budget(file: GgufSource, linear: int, whole: int, asked: Budget) -> int:
+    """Bytes that the file's matrices may take. linear, whole: of the linear weights and of all, at 16 bit.
+
+    Raises: BudgetError if what else is in the file leaves nothing for them.
+    """
+    if asked.scope == "linear":
+        return int(linear / asked.ratio)
+    rest = file.rest + _METADATA + _METADATA_PER_MATRIX * len(file.tensors)
+    if (budget := asked.whole(whole) - rest) <= 0:
+        raise BudgetError(
+            f"{asked.whole(whole):,} bytes were asked for, but tokenizer, norms and metadata alone take "
+            f"{rest:,}; ask for a larger file"
+        )
+    return budget
 
 
 def linear_budget(model: Model, linear: int, asked: Budget) -> int:
@@ -84,11 +143,12 @@ def linear_budget(model: Model, linear: int, asked: Budget) -> int:
     whole = checkpoint_bytes(model)
     dense, packed = packed_bytes(model, embedding_names(model))
     rest = whole - linear - dense + packed
-    budget = int(whole / asked.ratio) - rest
+    budget = asked.whole(whole) - rest
     if budget <= 0:
         raise BudgetError(
-            f"ratio {asked.ratio:.4g}x leaves {int(whole / asked.ratio):,} bytes for the checkpoint, "
-            f"but embeddings at 8 bit and norms alone take {rest:,}; try a ratio below {whole / rest:.3g}x"
+            f"ratio {whole / asked.whole(whole):.4g}x leaves {asked.whole(whole):,} bytes for the "
+            f"checkpoint, but embeddings at 8 bit and norms alone take {rest:,}; try a ratio below "
+            f"{whole / rest:.3g}x"
         )
     return min(budget, int(linear / _LEAST_RATIO))
 

@@ -12,26 +12,33 @@ import torch
 from lrsd.checkpoint.card import model_card
 from lrsd.checkpoint.manifest import (
     CARD_NAME,
+    GGUF_MANIFEST,
+    GGUF_TENSORS,
     RECIPE_NAME,
     LayerRecord,
     Manifest,
+    manifest_text,
     read_manifest,
     write_manifest,
 )
 from lrsd.checkpoint.reader import stored_bytes
-from lrsd.checkpoint.verify import digests
+from lrsd.checkpoint.verify import digest_of, digests
 from lrsd.checkpoint.writer import write_model
-from lrsd.errors import InputError
+from lrsd.errors import BudgetError, InputError
 from lrsd.export import EXPORTS
 from lrsd.export.compressed_tensors import require_package
+from lrsd.export.gguf import new_tensors, write_gguf
 from lrsd.forms.base import Shape
-from lrsd.forms.layer import parse_layer
+from lrsd.forms.ggml import BLOCK_TYPES, Ggml
+from lrsd.forms.layer import Layer, parse_layer
+from lrsd.methods.base import State
 from lrsd.model.embedding import embedding_names, pack_embeddings
 from lrsd.model.experts import fusions
 from lrsd.model.load import copy_processor, resolve_device
 from lrsd.model.slots import weight_slot
 from lrsd.recipe import Recipe
 from lrsd.runtimes.transformers import mark_packed
+from lrsd.settings import parse_size
 from lrsd.steps.estimate import ResourceEstimate
 from lrsd.steps.fit import Fitted
 from lrsd.steps.observe import Observation
@@ -54,7 +61,19 @@ class Compressed:
 
     @property
     def shapes(self) -> dict[str, Shape]:
-        return {name: spec.shape for name, spec in self.source.layout.linears.items()}
+        return self.source.shapes
+
+
+def write_result(done: Compressed, path: Path, seconds: dict[str, float]) -> None:
+    """Write a new directory or file in the format asked for, and have all of it on disk.
+
+    seconds: by phase, so far. Raises: StorageError.
+    """
+    if done.source.gguf is not None:
+        _write_gguf(done, path, seconds)
+        return
+    write_checkpoint(done, path, seconds)
+    convert_checkpoint(path, done.recipe.run.format)
 
 
 def write_checkpoint(done: Compressed, directory: Path, seconds: dict[str, float]) -> Manifest:
@@ -62,7 +81,7 @@ def write_checkpoint(done: Compressed, directory: Path, seconds: dict[str, float
 
     Raises: StorageError.
     """
-    loaded, recipe, shapes = done.source.loaded, done.recipe, done.shapes
+    loaded, recipe = done.source.loaded, done.recipe
     embeddings = embedding_names(loaded.model) if recipe.budget.scope == "checkpoint" else ()
     pack_embeddings(loaded.model, embeddings)
     entries = {name: layer.entry for name, layer in done.fitted.items() if layer.entry is not None}
@@ -77,9 +96,56 @@ def write_checkpoint(done: Compressed, directory: Path, seconds: dict[str, float
         copy_processor(loaded.source, directory)
         write_json(directory / RECIPE_NAME, recipe.to_dict())
         files = digests(directory)
+    manifest = _manifest(done, seconds, stored_bytes(directory), files)
+    write_manifest(directory, manifest)
+    with refusals(directory):
+        (directory / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
+        for path in (*directory.rglob("*"), directory):
+            sync(path)
+    return manifest
+
+
+def _write_gguf(done: Compressed, path: Path, seconds: dict[str, float]) -> None:
+    """The file of the source with its matrices exchanged, manifest and recipe in its metadata."""
+    source = done.source.gguf
+    assert source is not None
+    blocks = {}
+    for name, layer in done.fitted.items():
+        if layer.entry is not None:
+            (form,) = parse_layer(name, layer.entry).terms
+            assert isinstance(form, Ggml)
+            blocks[name] = form, layer.tensors["blocks"]
+    tensors = new_tensors(source, blocks)
+    files = {GGUF_TENSORS: digest_of(tensors)}
+    size = sum(tensor.data.nbytes for tensor in tensors)
+    manifest = _manifest(done, seconds, size, files)
+    kept = {
+        name: _kept(manifest.layers[name], tensor.kind)
+        for name, tensor in source.tensors.items()
+        if name not in blocks
+    }
+    manifest = replace(manifest, layers=manifest.layers | kept)
+    with refusals(path):
+        path.unlink(missing_ok=True)  # of a run that was stopped while it wrote
+    write_gguf(source.reader, path, tensors, {GGUF_MANIFEST: manifest_text(manifest)})
+    asked = done.recipe.budget
+    if asked.size is not None and path.stat().st_size > parse_size(asked.size):
+        raise BudgetError(f"the file takes {path.stat().st_size:,} bytes, more than --size {asked.size}")
+
+
+def _kept(record: LayerRecord, kind: int) -> LayerRecord:
+    """Of a matrix that is taken from the source, where it may be blocks of integers already."""
+    known = kind in {found.number for found in BLOCK_TYPES.values()}
+    entry = Layer(terms=(Ggml(kind),)).to_dict() if known else None
+    return replace(record, layer=entry, state=State.KEPT.value)
+
+
+def _manifest(done: Compressed, seconds: dict[str, float], nbytes: int, files: dict[str, str]) -> Manifest:
+    """nbytes: of all weights, as stored."""
+    loaded, recipe, shapes = done.source.loaded, done.recipe, done.shapes
     added = sum(layer.choice.nbytes for layer in done.fitted.values())
     total = sum(shape.dense_bytes for shape in shapes.values())
-    manifest = Manifest(
+    return Manifest(
         base_model=Path(loaded.source).name,
         base_fingerprint=done.source.fingerprint,
         base_stored_as=loaded.stored_as,
@@ -88,7 +154,7 @@ def write_checkpoint(done: Compressed, directory: Path, seconds: dict[str, float
         text=done.source.text,
         recipe=json.loads(json.dumps(recipe.to_dict())),
         ratio=total / added,
-        checkpoint_ratio=done.source.checkpoint_bytes / stored_bytes(directory),
+        checkpoint_ratio=done.source.checkpoint_bytes / nbytes,
         linear_bytes=added,
         dense_linear_bytes=total,
         budget_bytes=done.source.budget,
@@ -102,21 +168,24 @@ def write_checkpoint(done: Compressed, directory: Path, seconds: dict[str, float
         layers={name: _record(done, name, layer) for name, layer in done.fitted.items()},
         files=files,
         model_class=type(loaded.model).__name__,
-        untouched=done.source.layout.untouched,
+        untouched=_untouched(done.source),
         seconds={phase: round(spent, 2) for phase, spent in seconds.items()},
         memory={"predicted": done.estimate.memory, "peak": peak_rss()},
     )
-    write_manifest(directory, manifest)
-    with refusals(directory):
-        (directory / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
-        for path in (*directory.rglob("*"), directory):
-            sync(path)
-    return manifest
+
+
+def require_suits(output: Path, format_: str) -> None:
+    """Raises: InputError for an output whose name says something else than the format."""
+    if (format_ == "gguf") != (output.suffix == ".gguf"):
+        raise InputError(
+            f"--format {format_} writes {'one file, name it' if format_ == 'gguf' else 'a directory, not'} "
+            f"{output.with_suffix('.gguf').name}"
+        )
 
 
 def require_convertible(source: SourceModel, format_: str) -> None:
     """Raises: InputError, before any work, if a result could not be written in that format."""
-    if format_ == "lrsd":
+    if format_ in ("lrsd", "gguf"):  # what GGUF needs is known since the source was loaded
         return
     require_package()
     model = source.loaded.model
@@ -166,6 +235,12 @@ def _record(done: Compressed, name: str, layer: Fitted) -> LayerRecord:
         history=layer.history,
         routed_tokens=done.observation.routed.get(name),
     )
+
+
+def _untouched(source: SourceModel) -> dict[str, str]:
+    """Linears that stay as they are, and why; not a head that is one of the matrices, or tied to one."""
+    shared = set(embedding_names(source.loaded.model)) if source.embeddings else set()
+    return {name: why for name, why in source.layout.untouched.items() if name not in shared}
 
 
 def _macs(layer: Fitted, shape: Shape) -> int:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from blocks import random_blocks
 from deflate import entropy_form
 from torch import Tensor
 
@@ -17,6 +18,7 @@ from lrsd.errors import CheckpointError
 from lrsd.forms import FORMS
 from lrsd.forms.base import Form, Shape, Spec
 from lrsd.forms.entropy import Entropy
+from lrsd.forms.ggml import BLOCK_TYPES, Ggml
 from lrsd.forms.groupwise import Groupwise
 from lrsd.forms.layer import Layer, assemble, parse_layer
 from lrsd.forms.lowrank import LowRank
@@ -24,8 +26,8 @@ from lrsd.forms.masked import Masked
 from lrsd.forms.packed import PackedLinear
 from lrsd.forms.symmetric import Symmetric
 from lrsd.forms.trellis import Trellis
+from lrsd.numerics.blocks import BlockCodes
 from lrsd.numerics.rounding import EntropyCodes, GroupCodes
-from lrsd.numerics.symmetric import SymmetricCodes
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -68,7 +70,7 @@ def masked(generator: torch.Generator, shape: Shape, columns: int, entries: int)
     mask_OK = mask_OK.view_as(values_OK)
     W_OI = torch.zeros(shape.out_features, shape.in_features, dtype=torch.float64)
     W_OI[:, columns_K] = values_OK * mask_OK
-    return Case(*Masked.of(values_OK, mask_OK, columns_K, shape.in_features), W_OI, entries)
+    return Case(*Masked.of(values_OK, mask_OK, columns_K, shape.in_features), W_OI, mask_OK.numel())
 
 
 def entropy(generator: torch.Generator, shape: Shape, largest: int, exponent: int) -> Case:
@@ -129,8 +131,15 @@ def symmetric(generator: torch.Generator, shape: Shape, bits: int, group: int) -
     codes_OI = torch.randint(-(2 ** (bits - 1)), 2 ** (bits - 1), size, generator=generator).to(torch.int8)
     scales_OG = torch.randn(size[0], groups, generator=generator).bfloat16().float()
     W_OI = codes_OI.double() * scales_OG.double().repeat_interleave(group, 1)
-    codes = SymmetricCodes(codes_OI, scales_OG, bits, group)
+    nothing, grid = torch.zeros(size[0], groups), Symmetric(bits, group).grid
+    numbers_OI = (codes_OI.int() + 2 ** (bits - 1)).to(torch.uint8)
+    codes = BlockCodes(grid, numbers_OI, torch.ones_like(nothing), nothing, scales_OG, nothing)
     return Case(*Symmetric.of(codes), W_OI, prod(size), exact=True)
+
+
+def ggml(generator: torch.Generator, kind: str, rows: int = 5) -> Case:
+    codes = random_blocks(kind, generator, rows)
+    return Case(*Ggml.of(kind, codes), codes.dense().double(), rows * 512, exact=True)
 
 
 ODD, ROW, COLUMN = Shape(19, 13), Shape(1, 7), Shape(9, 1)
@@ -172,6 +181,8 @@ CASES: dict[str, tuple[str, Make]] = {
         for bits in range(2, 9)
     },
     "a row around zero": ("symmetric", lambda g: symmetric(g, Shape(1, 128), 3, 128)),
+    **{kind: ("ggml", lambda g, kind=kind: ggml(g, kind)) for kind in BLOCK_TYPES},
+    "a row of blocks": ("ggml", lambda g: ggml(g, "Q4_K", 1)),
     "one group": ("groupwise", lambda g: groupwise(g, ODD, 3, 64)),
     "groups of one": ("groupwise", lambda g: groupwise(g, ODD, 3, 1)),
     "3 bit row": ("groupwise", lambda g: groupwise(g, ROW, 3, 4)),

@@ -28,7 +28,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "gptq": [{"group": 8}, {"bits": "3", "group": 8}, {"structure": "column", "group": 16}],
     "sparsegpt": [{}, {"block": 5}],
     "ssd": [{}, {"alternations": 1}],
-    "integers": [{}, {"widths": "4", "groups": "64"}, {"widths": "5,6", "alternations": 0}],
+    "gguf": [{}, {"types": "Q4_0,Q8_0", "sweeps": 0}],
+    "integers": [{}, {"widths": "4", "groups": "64"}, {"widths": "5,6", "sweeps": 0}],
 }  # fmt: skip
 VARIANTS = [(name, options) for name in METHODS for options in OPTIONS.get(name, [{}])]
 every_method = pytest.mark.parametrize(
@@ -71,7 +72,7 @@ class Tried:
 
 def tried(variant: int, kind: str, shape: tuple[int, int], ratio: float = 2.0) -> Tried:
     name, options = VARIANTS[variant]
-    if name == "integers":  # in groups of 32 columns at least
+    if name in ("integers", "gguf"):  # in groups of 32 columns at least
         shape = (shape[0], 64)
     layer = random_layer(torch.Generator().manual_seed(0), *shape, kind)
     method = METHODS[name](**options)
@@ -169,6 +170,8 @@ def promised(found: Tried, choice: Choice) -> float:
         return 1.8 * choice.error + storage if choice.error < 0.1 else 1.0
     if "bits" in (choice.parameters or {}):
         return 2.0 * choice.error + storage  # each bit beyond 4 is said to quarter it
+    if choice.number("entries", -1) >= 0 and choice.count("columns") == found.shape.in_features:
+        return 1.3 * choice.error + storage  # between two that were measured
     if isinstance(found.method, METHODS["ssd"]) or choice.number("entries", -1) >= 0:
         return 1.05 * choice.error + storage  # promised as for its low rank alone
     return 1.001 * choice.error + storage
