@@ -108,6 +108,8 @@ def estimate_resources(
         logits = compared_rows(samples) * vocabulary
         working.append(value * logits + _comparing(logits))
     working.append(min(parse_size(recipe.run.shard_size), kept + budget))
+    if recipe.run.format == "gguf":  # embedding and head, rounded beside the widened ones
+        working.append(2 * outside + _comparing(probe_rows(samples) * vocabulary))
     weights = residence.weights((block.name for block in layout.blocks), budget)
     memory = residence.at_rest() + weights + _MENU * len(layout.linears) + max(working)
     stored = sum(2 * group.in_features**2 for group in layout.groups)

@@ -17,13 +17,14 @@ from transformers import LlamaConfig
 
 from lrsd.checkpoint.manifest import read_manifest
 from lrsd.checkpoint.verify import verify
-from lrsd.compress import compress
+from lrsd.compress import compress, dry_run
 from lrsd.errors import BudgetError, CheckpointError, InputError, SettingsError
 from lrsd.export.dense import export_dense
 from lrsd.forms.ggml import BLOCK_TYPES
 from lrsd.model.gguf import row_order
 from lrsd.model.load import load_model
 from lrsd.recipe import Recipe
+from lrsd.report import plan_table
 from lrsd.settings import parse_size
 
 TEXT = {"samples": 8, "seqlen": 32}
@@ -205,6 +206,13 @@ def test_rows_are_found_in_whatever_order_they_are(generator: torch.Generator) -
     assert order.sort().values.tolist() == list(range(7))
     found[1, 1] += 1
     assert row_order(found, known) is None
+
+
+def test_a_dry_run_shows_the_embedding_too(base: Path, text_file: Path) -> None:
+    prepared = dry_run(str(base), recipe(text_file, ratio=3.2))
+    assert "model.embed_tokens" in plan_table(prepared)
+    assert prepared.plan.nbytes <= prepared.source.budget
+    assert prepared.to_dict()["planned_bytes"] == prepared.plan.nbytes
 
 
 def test_the_commands_read_a_file(made: Path, text_file: Path, tmp_path: Path) -> None:

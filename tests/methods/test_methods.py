@@ -171,7 +171,7 @@ def promised(found: Tried, choice: Choice) -> float:
     if "bits" in (choice.parameters or {}):
         return 2.0 * choice.error + storage  # each bit beyond 4 is said to quarter it
     if choice.number("entries", -1) >= 0 and choice.count("columns") == found.shape.in_features:
-        return 1.3 * choice.error + storage  # between two that were measured
+        return 1.6 * choice.error + storage  # between two that were measured
     if isinstance(found.method, METHODS["ssd"]) or choice.number("entries", -1) >= 0:
         return 1.05 * choice.error + storage  # promised as for its low rank alone
     return 1.001 * choice.error + storage
