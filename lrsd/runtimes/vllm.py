@@ -4,7 +4,8 @@
 
 Written against vLLM's main branch: layers/linear.py of commit 0036d38, quantization/base_config.py of
 026bb17, model_loader/default_loader.py of 00b5ad0; vLLM 0.19.1 is the first release that takes
-transformers 5. Tested against a stub of that interface on a CPU, never inside vLLM and never on a GPU.
+transformers 5. Tested against a stub of that interface, and tried in vLLM's CPU build 0.32
+(`scripts/vllm_check.py`); never on a GPU.
 
 vLLM fuses linears that read the same input, q/k/v and gate/up. The checkpoint holds each under its own
 name, with tensors that differ in kind and size, and vLLM's loaders hand them over one by one, as
