@@ -243,3 +243,35 @@ def test_what_is_kept_beside_compressed_layers_does_not_make_up_for_them(
     assert {record.state for record in layers} == {"kept", "rounded"}
     assert any(record.interpolation for record in layers)
     assert not any(record.interpolation for record in layers if record.state == "kept")
+
+
+@pytest.mark.parametrize(
+    "where",
+    ["lrsd.steps.prepare.choose_plan", "lrsd.compress.fit_embeddings", "lrsd.steps.write.write_gguf"],
+)
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    base: Path, made: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def stop(*arguments: Any, **_: Any) -> None:
+        if where.endswith("write_gguf"):
+            Path(arguments[1]).write_bytes(b"GGUF, half of it")
+        raise KeyboardInterrupt
+
+    out = tmp_path / "out.gguf"
+    with monkeypatch.context() as patch:
+        patch.setattr(where, stop)
+        with pytest.raises(KeyboardInterrupt):
+            compress(str(base), out, recipe(text_file, ratio=3.2))
+    assert [path.name for path in tmp_path.iterdir()] == ["out.gguf.partial"]
+    compress(str(base), out, recipe(text_file, ratio=3.2), resume=True)
+    assert out.read_bytes() == made.read_bytes()
+    assert list(tmp_path.iterdir()) == [out]
+
+
+def test_a_source_that_is_cut_off_is_one_line(base: Path, text_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "cut.gguf").write_bytes(base.read_bytes()[: base.stat().st_size // 2])
+    for source, says in (("cut.gguf", "is not a readable GGUF file"), ("none.gguf", "no such file")):
+        with pytest.raises(InputError, match=says) as caught:
+            compress(str(tmp_path / source), tmp_path / "out.gguf", recipe(text_file, ratio=4))
+        assert "\n" not in str(caught.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["cut.gguf"]
