@@ -11,7 +11,6 @@ import torch
 from lrsd.checkpoint.manifest import Manifest, holds_manifest, read_manifest
 from lrsd.checkpoint.writer import publish, require_free, require_place
 from lrsd.errors import InputError, LrsdError
-from lrsd.methods.gguf import Gguf
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.steps.embeddings import fit_embeddings
@@ -74,7 +73,6 @@ def compress(
                 journal,
             )  # fmt: skip
             if loaded.gguf is not None:
-                assert isinstance(recipe.method, Gguf)
                 fitted |= fit_embeddings(
                     loaded.loaded.model, loaded.embeddings, recipe.method, prepared.plan, journal
                 )

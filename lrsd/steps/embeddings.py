@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from lrsd.forms.base import Shape
 from lrsd.forms.layer import parse_layer
-from lrsd.methods.base import LayerProblem, State, Status
+from lrsd.methods.base import LayerProblem, Method, State, Status
 from lrsd.methods.gguf import Gguf
 from lrsd.model.embedding import is_tied
 from lrsd.model.load import exact_device
@@ -55,7 +55,7 @@ def observe_embeddings(
     replay: Replay,
     samples: Samples,
     names: tuple[str, ...],
-    method: Gguf,
+    method: Method,
     observation: Observation,
     workspace: Workspace,
 ) -> Observation:
@@ -65,6 +65,7 @@ def observe_embeddings(
     one matrix that is both by the two relative errors in equal shares.
     """
     if names and OBSERVE_STEP not in workspace:
+        assert isinstance(method, Gguf), "the only one that stores embeddings like other matrices"
         workspace.finish(OBSERVE_STEP, _observe(replay, samples, names, method))
     if not names:
         return observation
@@ -77,7 +78,7 @@ def observe_embeddings(
 
 
 def fit_embeddings(
-    model: Model, names: tuple[str, ...], method: Gguf, plan: Plan, workspace: Workspace
+    model: Model, names: tuple[str, ...], method: Method, plan: Plan, workspace: Workspace
 ) -> dict[str, Fitted]:
     """Every matrix at its planned offer."""
     if not names:
@@ -129,7 +130,7 @@ def _sensitivity(
         return distance(model, dense, moved) * _energy(metric, W_VI) / lost
 
 
-def _fit(model: Model, name: str, gram_II: Tensor, method: Gguf, plan: Plan) -> Fitted:
+def _fit(model: Model, name: str, gram_II: Tensor, method: Method, plan: Plan) -> Fitted:
     W_VI, choice = _matrix(model, name), plan.choices[name]
     if choice.is_dense:
         return Fitted(choice, 0.0, 0.0, Status(State.DENSE))

@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lrsd.data.tokens import calibration_samples
-from lrsd.methods.gguf import Gguf
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
 from lrsd.progress import Progress
@@ -106,7 +105,6 @@ def prepare(
         progress=progress.step, note=progress.note, workspace=journal,
     )  # fmt: skip
     if source.gguf is not None:
-        assert isinstance(recipe.method, Gguf)
         observation = observe_embeddings(
             replay, samples, source.embeddings, recipe.method, observation, journal
         )
