@@ -1,20 +1,20 @@
 """Texts, pairs, labels and features from local files and hub data sets."""
 
-import csv
 import hashlib
-from collections.abc import Iterator
-from io import StringIO
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
+from lrsd.data.rows import LARGEST_TEXT, Row, holds_rows, listed, names_a_file, read_prose, read_rows
 from lrsd.errors import InputError
-from lrsd.intake.json import parse_json
 from lrsd.intake.safetensors import read_header
 from lrsd.model.kinds.base import Kind
+from lrsd.model.types import Tokenizer
 
 # Hub data sets by short name: path, configuration, and the column that holds the text.
 _KNOWN = {
@@ -25,41 +25,100 @@ _KNOWN = {
 Content = str | list[tuple[str, str]] | dict[str, Tensor]
 
 
+# Fields that together are a row's text, the first ones that a row has and that are not empty.
+_FIELDS = (
+    ("text",), ("content",), ("messages",), ("conversations",),
+    ("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen"),
+    ("instruction", "input", "output"), ("instruction", "output"), ("question", "answer"),
+)  # fmt: skip
+_KNOWN_FIELDS = ", ".join("+".join(fields) for fields in _FIELDS)
+# Fields of a chat's message that hold who speaks and what; the second are ShareGPT's, whose names of those
+# who speak are not those of chat templates.
+_MESSAGE_FIELDS = (("role", "content"), ("from", "value"))
+_ROLES = {"human": "user", "gpt": "assistant"}
+
+
 # Documents streamed from a hub data set at most: enough for millions of tokens of any of them.
 _MAX_DOCUMENTS = 20_000
 
 
-# Bytes of a local text, thousands of times what a calibration reads; and of a stretch of it without a space
-# or line break, on which tokenizers take quadratic time and memory.
-_LARGEST_TEXT, _LONGEST_WORD = 2**26, 2**20
+# Characters of a stretch of a text without a space or line break, on which tokenizers take quadratic time
+# and memory.
+_LONGEST_WORD = 2**20
 
 
-def read_content(source: str, kind: Kind, *, split: str, option: str) -> Content:
+@dataclass(frozen=True)
+class Chat:
+    """Messages, each with "role" and "content" as chat templates read them. place: where it is from."""
+
+    messages: tuple[dict[str, str], ...]
+    place: str
+
+
+Document = str | Chat
+
+
+class Labelled(NamedTuple):
+    """A text and its label. place: its file and row."""
+
+    text: str
+    label: str
+    place: str
+
+
+def read_content(
+    source: str, kind: Kind, *, split: str, option: str, tokenizer: Tokenizer | None = None
+) -> Content:
     """A source opened as that kind of model reads it; see `read_tensors`, `read_pairs` and `read_text`."""
     if kind.tensors:
         return read_tensors(source, kind, option)
-    if kind.reads_pairs and (pairs := read_pairs(source)):
+    if kind.reads_pairs and (pairs := read_pairs(source, option)):
         return pairs
-    return read_text(source, split=split, option=option)
+    return read_text(source, split=split, option=option, tokenizer=tokenizer)
 
 
-def read_text(source: str, *, split: str, option: str) -> str:
-    """The text of a local file, or of a hub data set, its rows joined by blank lines as published.
+def read_text(source: str, *, split: str, option: str, tokenizer: Tokenizer | None = None) -> str:
+    """The text of a source, its documents joined by blank lines; see `read_documents` and `join_documents`.
 
-    Args: source: path of a .txt/.raw/.jsonl file, "wikitext", "c4", or a hub data set id;
-        option: the command-line option to name in errors.
-    Raises: InputError if there is no such file or the data set cannot be reached.
+    Raises: InputError.
+    """
+    return join_documents(read_documents(source, split=split, option=option), tokenizer)
+
+
+def read_documents(source: str, *, split: str, option: str) -> list[Document]:
+    """The texts and chats of a local file, of which prose is one text, or of a hub data set's rows.
+
+    Rows without any are left out, but not those of "wikitext" and "c4", which are read as published.
+
+    Args: source: path of a text, JSON, CSV, TSV or Parquet file, which may be compressed, "wikitext", "c4",
+        or a hub data set id; option: the command-line option to name in errors.
+    Raises: InputError if there is no such file or data set, it cannot be read, or holds no text.
     """
     require_text(source, option)
     path = Path(source)
     if path.is_file():
-        return _read_file(path)
-    if source not in _KNOWN and ("/" not in source or path.suffix in {".txt", ".jsonl", ".raw"}):
+        documents = list(_file_documents(path))
+    elif source not in _KNOWN and ("/" not in source or names_a_file(path)):
         raise InputError(
             f"{option}: no file {source!r} and no data set of that name; "
             f"give a text or JSONL file, {', '.join(_KNOWN)}, or a hub id like owner/name"
         )
-    return _join(_stream_rows(source, split, option))
+    else:
+        documents = list(_hub_documents(source, split, option))
+    if not any(isinstance(document, Chat) or document.strip() for document in documents):
+        raise InputError(
+            f"{option}: {source} holds no text; expected prose, or rows with a text in {_KNOWN_FIELDS}"
+        )
+    return documents
+
+
+def join_documents(documents: Sequence[Document], tokenizer: Tokenizer | None) -> str:
+    """Texts and chats joined by blank lines; chats as the tokenizer's template writes them, and where it has
+    none, or there is no tokenizer, their messages joined by blank lines.
+
+    Raises: InputError for a chat that the template refuses.
+    """
+    return _join(_written(document, tokenizer) for document in documents)
 
 
 def require_text(source: str, option: str, *, features: bool = False) -> None:
@@ -74,9 +133,9 @@ def require_text(source: str, option: str, *, features: bool = False) -> None:
         raise InputError(f"{option}: expected a text or JSONL file, {source} is a directory")
     if path.exists() and not path.is_file():
         raise InputError(f"{option}: {source} is no regular file")
-    if path.is_file() and not features and path.stat().st_size > _LARGEST_TEXT:
+    if path.is_file() and not features and path.stat().st_size > LARGEST_TEXT:
         raise InputError(
-            f"{option}: {source} has {path.stat().st_size:,} bytes, at most {_LARGEST_TEXT:,} are read; "
+            f"{option}: {source} has {path.stat().st_size:,} bytes, at most {LARGEST_TEXT:,} are read; "
             "give an excerpt"
         )
 
@@ -115,22 +174,24 @@ def mixture_identity(sources: list[str]) -> str:
     return " + ".join(known)
 
 
-def read_pairs(source: str) -> list[tuple[str, str]]:
-    """The pairs of a JSONL file of objects with "source" and "target"; none if it is another kind of file.
+def read_pairs(source: str, option: str = "--calib") -> list[tuple[str, str]]:
+    """The pairs of a file whose rows have "source" and "target"; none if the first has no "source", or it is
+    no file of rows.
 
-    Raises: InputError for a row without them.
+    Raises: InputError for a file that cannot be read, or a further row without them.
     """
     path = Path(source)
-    if path.suffix != ".jsonl" or not path.is_file():
+    if not holds_rows(path) or not path.is_file():
         return []
-    require_text(source, "--calib")
-    pairs = []
-    for number, row in enumerate(_json_rows(path), 1):
-        if number == 1 and "source" not in row:
+    require_text(source, option)
+    pairs: list[tuple[str, str]] = []
+    for number, row in read_rows(path):
+        fields = row if isinstance(row, dict) else {}
+        if not pairs and "source" not in fields:
             return []
-        if not isinstance(row.get("source"), str) or not isinstance(row.get("target"), str):
+        if not isinstance(fields.get("source"), str) or not isinstance(fields.get("target"), str):
             raise InputError(f'{path}:{number}: expected an object with texts as "source" and "target"')
-        pairs.append((row["source"], row["target"]))
+        pairs.append((fields["source"], fields["target"]))
     return pairs
 
 
@@ -154,79 +215,55 @@ def read_tensors(source: str, kind: Kind, option: str) -> dict[str, Tensor]:
     return {name: tensors[name] for name in kind.tensors}
 
 
-def read_labelled(source: str) -> list[tuple[str, str]]:
-    """Texts and labels of a CSV or JSONL file with the columns "text" and "label".
+def read_labelled(source: str) -> list[Labelled]:
+    """Texts and labels of a file whose rows have "text" and "label", CSV or JSONL for one.
 
-    Raises: InputError if there is no such file, or a row without them.
+    Raises: InputError if there is no such file, it cannot be read, or has a row without them.
     """
     require_text(source, "--accuracy")
     path = Path(source)
-    try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = list(csv.DictReader(file)) if path.suffix == ".csv" else list(map(parse_json, file))
-        found = [(row["text"], str(row["label"])) for row in rows]
-    except (OSError, ValueError, KeyError, TypeError, csv.Error) as error:
-        raise InputError(
-            f'--accuracy: expected a CSV or JSONL file with "text" and "label", got {source!r} ({error})'
-        ) from error
+    if not path.is_file() or not holds_rows(path):
+        raise InputError(f'--accuracy: expected a CSV or JSONL file with "text" and "label", got {source!r}')
+    found = [_labelled(row, f"{path}:{number}") for number, row in read_rows(path)]
     if not found:
         raise InputError(f"--accuracy: {source} holds no rows")
-    for number, (text, _) in enumerate(found, 1):
-        if not isinstance(text, str) or not text:
-            raise InputError(f'--accuracy: row {number} of {source} has no text in "text"')
     return found
 
 
-def _read_utf8(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path} is not UTF-8 text (byte {error.start}); convert it first") from error
+def _labelled(row: Row, place: str) -> Labelled:
+    fields = row if isinstance(row, dict) else {}
+    text, label = fields.get("text"), fields.get("label")
+    if not isinstance(text, str) or not text or label is None:
+        raise InputError(
+            f'--accuracy: {place}: expected fields "text" and "label" with a text and its label, '
+            f"got {listed(fields)}"
+        )
+    return Labelled(text, str(label), place)
 
 
-def _read_file(path: Path) -> str:
-    text = _read_utf8(path)
-    if path.suffix != ".jsonl":
-        return text
-    rows = []
-    for number, row in enumerate(_json_rows(path), 1):
-        if "text" not in row:
-            raise InputError(f'{path}:{number}: expected a JSON object with a "text" field')
-        if not isinstance(row["text"], str):
-            raise InputError(
-                f'{path}:{number}: expected a string in "text", got {type(row["text"]).__name__}'
-            )
-        rows.append(row["text"])
-    return _join(rows)
+def _file_documents(path: Path) -> Iterator[Document]:
+    if not holds_rows(path):
+        yield read_prose(path)
+        return
+    for number, row in read_rows(path):
+        document = _document(row, f"{path}:{number}")
+        if document is not None:
+            yield document
 
 
-def _json_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSONL file. Raises: InputError for a line that is none."""
-    # Not splitlines(): a text may hold other line breaks than that of JSONL.
-    for number, line in enumerate(StringIO(_read_utf8(path), newline="\n"), 1):
-        try:
-            row = parse_json(line)
-        except ValueError:
-            row = None
-        if not isinstance(row, dict):
-            raise InputError(f'{path}:{number}: expected a JSON object with a "text" field')
-        yield row
-
-
-def _stream_rows(source: str, split: str, option: str) -> Iterator[str]:
+def _hub_documents(source: str, split: str, option: str) -> Iterator[Document]:
     import datasets
 
-    path, configuration, column = _KNOWN.get(source, (source, None, "text"))
+    path, configuration, column = _KNOWN.get(source, (source, None, None))
     try:
         rows = datasets.load_dataset(path, configuration, split=split, streaming=True)
-        for index, row in enumerate(rows):
-            if index >= _MAX_DOCUMENTS:
+        for number, row in enumerate(rows, 1):
+            if number > _MAX_DOCUMENTS:
                 return
-            if column not in row:
-                raise InputError(
-                    f"{option}: data set {source} has no column {column!r}, only {', '.join(row)}"
-                )
-            yield row[column]
+            # Published perplexities count the empty rows of WikiText, too.
+            document = row[column] if column else _document(row, f"{option}: {source}:{number}")
+            if document is not None:
+                yield document
     except InputError:
         raise
     except Exception as error:  # datasets raises errors of many libraries for one cause: out of reach
@@ -236,5 +273,84 @@ def _stream_rows(source: str, split: str, option: str) -> Iterator[str]:
         ) from error
 
 
-def _join(rows: Iterator[str] | list[str]) -> str:
-    return "\n\n".join(rows)
+def _document(row: Row, place: str) -> Document | None:
+    """A row's text or chat; None if it is null or empty."""
+    if isinstance(row, str):
+        return row or None
+    present = [fields for fields in _FIELDS if all(field in row for field in fields)]
+    if not present:
+        raise InputError(
+            f"{place}: expected a text in one of {_KNOWN_FIELDS}; got the fields {listed(row)}; rename one"
+        )
+    for fields in present:
+        parts = [part for field in fields if (part := _part(row[field], f"{place}: {field!r}")) is not None]
+        if parts:
+            return _together(parts, place)
+    return None
+
+
+def _part(value: Any, place: str) -> Document | None:
+    """A field's text or chat; None if it is null or empty."""
+    if value is None or isinstance(value, str):
+        return value or None
+    if not isinstance(value, list):
+        raise InputError(f"{place}: expected a text or a chat, got {type(value).__name__}; write it as text")
+    for speaker, words in _MESSAGE_FIELDS:
+        if all(isinstance(message, dict) and isinstance(message.get(speaker), str) for message in value):
+            return _chat([(message[speaker], message.get(words)) for message in value], place)
+    got = type(value[0]).__name__ + (f" with {listed(value[0])}" if isinstance(value[0], dict) else "")
+    raise InputError(
+        f"{place}: expected a text, or a chat of messages with role+content or from+value, got a list of "
+        f"{got}; join its texts into one"
+    )
+
+
+def _chat(messages: list[tuple[str, Any]], place: str) -> Chat | None:
+    """None if no message has text; one that has none, such as the call of a tool, is left out."""
+    said = [
+        {"role": _ROLES.get(speaker, speaker), "content": text}
+        for number, (speaker, words) in enumerate(messages, 1)
+        if (text := _message_text(words, f"{place}: message {number}"))
+    ]
+    return Chat(tuple(said), place) if said else None
+
+
+def _message_text(words: Any, place: str) -> str:
+    """A message's text, or that of its parts of this type."""
+    if words is None or isinstance(words, str):
+        return words or ""
+    if not isinstance(words, list) or not all(isinstance(part, dict) for part in words):
+        raise InputError(
+            f"{place}: expected a text or a list of parts with a type, got {type(words).__name__}; "
+            "write it as text"
+        )
+    texts = [part.get("text") for part in words if part.get("type") == "text"]
+    return _join(text for text in texts if isinstance(text, str))
+
+
+def _together(parts: list[Document], place: str) -> Document:
+    """A row's fields as one: texts joined by blank lines, chats one after the other."""
+    texts = [part for part in parts if isinstance(part, str)]
+    chats = [part for part in parts if isinstance(part, Chat)]
+    if texts and chats:
+        raise InputError(f"{place}: expected texts or chats, got both; give one of them in each row")
+    return _join(texts) if texts else Chat(tuple(m for chat in chats for m in chat.messages), place)
+
+
+def _written(document: Document, tokenizer: Tokenizer | None) -> str:
+    if isinstance(document, str):
+        return document
+    if tokenizer is None or not tokenizer.chat_template:
+        return _join(message["content"] for message in document.messages)
+    try:
+        return str(tokenizer.apply_chat_template(list(document.messages), tokenize=False))
+    except Exception as error:  # templates raise errors of their own, and of every kind
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(
+            f"{document.place}: the tokenizer's chat template refuses this chat ({reason}); leave the row "
+            "out, or give it as text"
+        ) from error
+
+
+def _join(texts: Iterable[str]) -> str:
+    return "\n\n".join(texts)
