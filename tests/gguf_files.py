@@ -1,6 +1,7 @@
 """Tiny GGUF files, as llama.cpp's converter would write them."""
 
 import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,35 @@ NAMES = {
 OUTSIDE = {"model.embed_tokens": "token_embd", "model.norm": "output_norm", "lm_head": "output"}
 
 
-def write_llama(path: Path, config: LlamaConfig, tokenizer: Any, dtype: type = np.float32) -> Path:
-    """A random Llama with a tokenizer; without the head where that is tied, like the converter."""
+def write_header(
+    path: Path, architecture: str, fields: Mapping[str, Any], tensors: Mapping[str, list[float]] | None = None
+) -> Path:
+    """A file without weights: fields, under "ARCH." those of the architecture, and lists of float32."""
+    writer = GGUFWriter(path, architecture)
+    add_fields(writer, fields, tensors or {})
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def add_fields(writer: GGUFWriter, fields: Mapping[str, Any], tensors: Mapping[str, list[float]]) -> None:
+    adders = {int: writer.add_uint32, float: writer.add_float32, str: writer.add_string}
+    for key, value in fields.items():
+        adders[type(value)](key.replace("ARCH", writer.arch), value)
+    for name, values in tensors.items():
+        writer.add_tensor(name, np.array(values, np.float32))
+
+
+def write_llama(
+    path: Path,
+    config: LlamaConfig,
+    tokenizer: Any,
+    dtype: type = np.float32,
+    more: Callable[[GGUFWriter], None] = lambda writer: None,
+) -> Path:
+    """A random Llama with a tokenizer; without the head where that is tied, like the converter; and more."""
     writer = GGUFWriter(path, "llama")
     writer.add_name("tiny")
     writer.add_context_length(config.max_position_embeddings)
@@ -51,6 +79,7 @@ def write_llama(path: Path, config: LlamaConfig, tokenizer: Any, dtype: type = n
             known = f"blk.{block}.{NAMES[inner]}"
         kind = dtype if tensor.ndim > 1 else np.float32
         writer.add_tensor(f"{known}.weight", tensor.float().numpy().astype(kind))
+    more(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

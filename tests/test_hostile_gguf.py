@@ -9,7 +9,7 @@ import pytest
 from gguf import GGUFReader, GGUFWriter
 
 from lrsd.errors import InputError
-from lrsd.intake.gguf import read_gguf_header
+from lrsd.intake.gguf import read_gguf
 from lrsd.model.load import load_model
 from lrsd.work.process import current_rss
 
@@ -109,4 +109,4 @@ def test_a_good_header_is_read_as_the_reader_reads_it(tmp_path: Path, alignment:
     writer.write_tensors_to_file()
     writer.close()
     read = {t.name: (tuple(t.shape.tolist())[::-1], t.tensor_type.name) for t in GGUFReader(path).tensors}
-    assert {name: (t.shape, t.dtype) for name, t in read_gguf_header(path).items()} == read
+    assert {name: (t.shape, t.dtype) for name, t in read_gguf(path).tensors.items()} == read

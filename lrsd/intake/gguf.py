@@ -3,12 +3,17 @@
 Layout: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md
 """
 
+import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from math import prod
 from mmap import ACCESS_READ, mmap
 from pathlib import Path
 
 from lrsd.errors import InputError
+from lrsd.intake.lfs import refuse_pointer
 from lrsd.intake.safetensors import StoredTensor
 
 _VERSIONS = (2, 3)
@@ -24,32 +29,89 @@ _BYTES_PER_ENTRY, _FREE_ENTRIES, _LONGEST_ENTRY = 64, 2**12, 2**10
 # experts share theirs.
 _COUNTS, _FREE_COUNT = ("block_count", "expert_count"), 256
 _ALIGNMENT = 32
+# What a GGUF file is, by its "general.type", that is no model, and what to do with it.
+_NO_MODELS = {
+    "adapter": "a LoRA adapter; merge it into its base model first (llama.cpp's llama-export-lora does)",
+    "imatrix": "an importance matrix for llama.cpp's quantizer; give the model that it was measured on",
+    "mmproj": "a model's projector of images or sound; give the language model's file, which lies beside it",
+}
+# How llama.cpp names the parts of a file that was split.
+_PART = re.compile(r"-(\d{5})-of-\d{5}\.gguf$")
+Fields = dict[str, int | float | str | None]
 
 
-def read_gguf_header(path: Path) -> dict[str, StoredTensor]:
-    """The tensors that a GGUF file says it holds, and holds by its size; their types are GGUF's ("Q4_1").
+@dataclass(frozen=True)
+class GgufFile:
+    """fields: of the header, those that are one number or text, None standing for the others; tensors: their
+    types are GGUF's ("Q4_1"); starts: where in the file each tensor's bytes begin."""
+
+    path: Path
+    fields: Fields
+    tensors: dict[str, StoredTensor]
+    starts: dict[str, int]
+
+    def vector(self, name: str) -> list[float] | None:
+        """The values of a tensor of one dimension, None if there is none of that name. Raises: InputError."""
+        if (tensor := self.tensors.get(name)) is None:
+            return None
+        if tensor.dtype != "F32" or len(tensor.shape) != 1:
+            raise InputError(
+                f"{self.path}: {name} is stored as {tensor.dtype} of {len(tensor.shape)} dimensions, "
+                "expected a list of F32; convert the model to GGUF again"
+            )
+        with self.path.open("rb") as file:
+            file.seek(self.starts[name])
+            return list(struct.unpack(f"<{tensor.numel}f", file.read(4 * tensor.numel)))
+
+
+def read_gguf(path: Path) -> GgufFile:
+    """What a GGUF file says that it holds, and holds by its size.
 
     Raises: InputError for a file that is cut off, of another kind or byte order, or whose header is
-    inconsistent.
+    inconsistent; for a part of a model, and for what is no language model.
     """
-    try:
-        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-            return _tensors(path, content)
-    except (ValueError, struct.error) as error:
-        raise InputError(f"{path} is not a readable GGUF file: {error}") from error
+    with _mapped(path) as content:
+        header = _Header(content)
+        num_tensors, fields = _fields(header)
+        _check_whole_model(path, fields)
+        return _tensors(path, header, num_tensors, fields)
 
 
 def read_gguf_text(path: Path, key: str) -> str | None:
     """A field of the header that is a text; None if it has none of that name. Raises: InputError."""
-    try:
-        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
-            found = _fields(_Header(content))[1].get(key)
-    except (ValueError, struct.error) as error:
-        raise InputError(f"{path} is not a readable GGUF file: {error}") from error
+    with _mapped(path) as content:
+        found = _fields(_Header(content))[1].get(key)
     return found if isinstance(found, str) else None
 
 
-def _fields(header: "_Header") -> tuple[int, dict[str, int | str | None]]:
+@contextmanager
+def _mapped(path: Path) -> Iterator[mmap]:
+    """The file's content; whatever is wrong with it is one line."""
+    refuse_pointer(path)
+    try:
+        with path.open("rb") as file, mmap(file.fileno(), 0, access=ACCESS_READ) as content:
+            yield content
+    except (ValueError, struct.error) as error:
+        raise InputError(f"{path} is not a readable GGUF file: {error}") from error
+
+
+def _check_whole_model(path: Path, fields: Fields) -> None:
+    """Raises: InputError for a part of a split file, and for what is no language model."""
+    count, number = fields.get("split.count"), fields.get("split.no")
+    if isinstance(count, int) and count > 1:
+        part = number + 1 if isinstance(number, int) else "?"
+        first = _PART.sub(rf"-00001-of-{count:05}.gguf", path.name)
+        raise InputError(
+            f"{path} is part {part} of {count} of a model; merge them first, with llama.cpp's "
+            f"llama-gguf-split --merge {first} WHOLE.gguf"
+        )
+    kind = "mmproj" if fields.get("general.architecture") == "clip" else fields.get("general.type", "model")
+    if kind != "model":
+        what = _NO_MODELS.get(str(kind), f"of the type {kind!r:.40}; give a model")
+        raise InputError(f"{path} is no language model but {what}")
+
+
+def _fields(header: "_Header") -> tuple[int, Fields]:
     """The number of tensors, and the fields that are one number or text, None standing for the others."""
     if header.magic() != b"GGUF":
         raise ValueError("it does not begin with GGUF")
@@ -61,11 +123,9 @@ def _fields(header: "_Header") -> tuple[int, dict[str, int | str | None]]:
     return num_tensors, {header.text(): header.value() for _ in range(num_fields)}
 
 
-def _tensors(path: Path, content: mmap) -> dict[str, StoredTensor]:
+def _tensors(path: Path, header: "_Header", num_tensors: int, fields: Fields) -> GgufFile:
     from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-    header = _Header(content)
-    num_tensors, fields = _fields(header)
     for key, value in fields.items():
         counted = key.endswith(_COUNTS) and isinstance(value, int | float)
         if counted and not 0 <= value <= max(num_tensors, _FREE_COUNT):  # type: ignore[operator]
@@ -83,9 +143,10 @@ def _tensors(path: Path, content: mmap) -> dict[str, StoredTensor]:
         found[name] = StoredTensor(shape, kind.name, path)
     alignment = fields.get("general.alignment")
     alignment = alignment if isinstance(alignment, int) and alignment > 0 else _ALIGNMENT
-    room = len(content) + -header.place // alignment * alignment
-    _check_spans(spans, room)
-    return found
+    data = -(-header.place // alignment) * alignment
+    _check_spans(spans, header.size - data)
+    starts = {name: data + start for name, (start, _) in zip(found, spans, strict=True)}
+    return GgufFile(path, fields, found, starts)
 
 
 def _check_spans(spans: list[tuple[int, int]], room: int) -> None:
@@ -104,6 +165,7 @@ class _Header:
 
     def __init__(self, content: mmap) -> None:
         self._content, self.place, self._entries = content, 0, 0
+        self.size = len(content)
 
     def magic(self) -> bytes:
         self._skip(4)

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lrsd.errors import CheckpointError, InputError
+from lrsd.intake.lfs import refuse_pointer
 
 CONFIG_NAME = "config.json"
 
@@ -15,7 +16,7 @@ _LARGEST_JSON, _LARGEST_HEADER = 2**26, 2**25
 
 
 # Digits of a number of 64 bits, and of what tokenizers call no limit, 10^30.
-_DIGITS, _NO_LIMIT_DIGITS = 20, 31
+_DIGITS, NO_LIMIT_DIGITS = 20, 31
 
 
 def require_inside(directory: Path, path: Path) -> Path:
@@ -39,6 +40,7 @@ def read_json(path: Path, digits: int = _DIGITS) -> dict[str, Any]:
     if path.stat().st_size > _LARGEST_JSON:
         raise InputError(f"{path} has {path.stat().st_size:,} bytes, at most {_LARGEST_JSON:,} are read")
     try:
+        refuse_pointer(path)
         content = parse_json(path.read_text(encoding="utf-8"), digits)
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable JSON: {error}") from error

@@ -1,14 +1,18 @@
-"""Where the weights of a loaded model stand in the GGUF file that it came from."""
+"""A model's GGUF file, and where the weights of the model loaded from it stand there."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers.modeling_gguf_pytorch_utils import GGUF_SUPPORTED_ARCHITECTURES
 
 from lrsd.errors import InputError
+from lrsd.intake.gguf import read_gguf
+from lrsd.intake.safetensors import StoredTensor
 from lrsd.model.slots import weight_slot
 from lrsd.model.types import Model
 
@@ -39,6 +43,26 @@ class GgufSource:
     rest: int
 
 
+def take_gguf_inventory(path: Path) -> dict[str, StoredTensor]:
+    """Every tensor of the file by its name, under GGUF's names of the types ("Q4_1").
+
+    Raises: InputError for a file that is not in order, or of an architecture that transformers does not load.
+    """
+
+    def plain(name: str) -> str:
+        """transformers' "qwen2_moe" is GGUF's "qwen2moe", its "gpt_oss" is "gpt-oss"."""
+        return name.replace("_", "").replace("-", "").removesuffix("encoder")
+
+    file = read_gguf(path)
+    architecture = file.fields.get("general.architecture")
+    if plain(str(architecture)) not in map(plain, GGUF_SUPPORTED_ARCHITECTURES):
+        raise InputError(
+            f"{path} has the architecture {architecture!r:.40}, which transformers does not load from GGUF; "
+            "give the model's safetensors, from which the file was converted"
+        )
+    return file.tensors
+
+
 def match_gguf(path: Path, model: Model, modules: Iterable[str]) -> GgufSource:
     """Find the weights of these modules in the file, by llama.cpp's names for them, and compare their values:
     a matrix is the same up to the order of its rows.
@@ -63,7 +87,8 @@ def match_gguf(path: Path, model: Model, modules: Iterable[str]) -> GgufSource:
         owner = model.get_submodule(module)
         W_OI = owner.weight if isinstance(owner, nn.Embedding) else weight_slot(model, module).read()
         W_OI = W_OI.detach().cpu().to(model.dtype)
-        values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type)).to(model.dtype)
+        decoded = dequantize(tensor.data, tensor.tensor_type)  # of F32 the mapped file itself, read-only
+        values = torch.from_numpy(np.require(decoded, requirements="W")).to(model.dtype)
         order_O = row_order(values, W_OI) if values.shape == W_OI.shape else None
         if order_O is None:
             raise InputError(f"{path}: {tensor.name} does not hold the rows of {module}")
