@@ -16,6 +16,8 @@ MANIFEST_NAME = "lrsd.json"
 MANIFEST_VERSION = 2
 RECIPE_NAME = "recipe.json"
 CARD_NAME = "README.md"
+# The card of the model that was compressed, beside the result's own.
+BASE_CARD_NAME = "README.base.md"
 RUN_NAME = "run.json"
 # In the metadata of a GGUF file.
 GGUF_PREFIX, GGUF_MANIFEST = "lrsd.", "manifest"

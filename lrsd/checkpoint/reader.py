@@ -125,6 +125,14 @@ def resident_bits(directory: Path) -> float:
     return 8 * held / max(weights, 1)
 
 
+def written_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a directory of safetensors by its name, one at a time; none of a file."""
+    for shard in shard_paths(path) if path.is_dir() else ():
+        with safe_open(shard, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
+                yield name, file.get_tensor(name)
+
+
 def stored_bytes(directory: Path, layers: dict[str, Any] | None = None) -> int:
     """Bytes of the tensors in the shards, as their headers say: all of them, or those of the named layers
     only."""

@@ -16,6 +16,7 @@ from lrsd.checkpoint.manifest import (
     read_manifest,
 )
 from lrsd.errors import CheckpointError
+from lrsd.intake.json import require_inside
 
 
 def digest_of(tensors: Iterable[Any]) -> str:
@@ -26,17 +27,24 @@ def digest_of(tensors: Iterable[Any]) -> str:
     return digest.hexdigest()
 
 
-def digests(directory: Path) -> dict[str, str]:
-    """SHA-256 by name of the files that a manifest vouches for; of the tensors of a GGUF file."""
+def digests(directory: Path, names: Iterable[str] | None = None) -> dict[str, str]:
+    """SHA-256 by name of the files that a manifest vouches for; of the tensors of a GGUF file.
+
+    names: of those to look at, if they are there; all by default. Raises: CheckpointError for one that leads
+    out of the directory.
+    """
     if directory.is_file():
         from gguf import GGUFReader
 
         return {GGUF_TENSORS: digest_of(GGUFReader(directory).tensors)}
     found = {}
-    for path in sorted(directory.iterdir()):
-        if path.is_file() and path.name not in (MANIFEST_NAME, RUN_NAME, CARD_NAME):
+    paths = directory.rglob("*") if names is None else (directory / name for name in names)
+    for path in sorted(paths):
+        if not require_inside(directory, path).is_file():
+            continue
+        if (name := path.relative_to(directory).as_posix()) not in (MANIFEST_NAME, RUN_NAME, CARD_NAME):
             with path.open("rb") as file:
-                found[path.name] = hashlib.file_digest(file, "sha256").hexdigest()
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found
 
 
@@ -50,7 +58,7 @@ def verify(directory: Path) -> Manifest:
         raise CheckpointError(
             f"{directory / MANIFEST_NAME} holds no digests; nothing can be compared with it"
         )
-    found = digests(directory)
+    found = digests(directory, None if directory.is_file() else manifest.files)
     missing = sorted(set(manifest.files) - set(found))
     changed = sorted(n for n, digest in manifest.files.items() if n in found and found[n] != digest)
     problems = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from lrsd.errors import InputError
+from lrsd.intake.companions import AUTO_MAP
 from lrsd.intake.safetensors import INDEX_NAME
 from lrsd.model.types import Model
 from lrsd.work.files import PARTIAL, refusals, sync, write_json, write_tensors
@@ -22,6 +23,7 @@ def write_model(model: Model, directory: Path, shard_size: str) -> None:
     with refusals(directory):
         model.config.dtype = str(model.dtype).removeprefix("torch.")
         model.config.architectures = [type(model).__name__]
+        vars(model.config).pop(AUTO_MAP, None)
         model.config.save_pretrained(directory)
         if model.can_generate():
             model.generation_config.save_pretrained(directory)

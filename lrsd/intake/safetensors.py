@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from lrsd.errors import CheckpointError, InputError
+from lrsd.intake.companions import WEIGHTS
 from lrsd.intake.json import (
     _LARGEST_HEADER,
     _LARGEST_JSON,
@@ -20,12 +21,11 @@ from lrsd.intake.json import (
     read_json,
     require_inside,
 )
+from lrsd.intake.lfs import refuse_pointer
 from lrsd.intake.tokenizer import _check_tokenizer
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
-# Files of weights: those that are read are named by an index or by their kind, the others are left alone.
-_WEIGHTS = {".safetensors", ".bin", ".pt", ".pth", ".h5", ".msgpack", ".gguf", ".onnx"}
 # Types a dense weight may be stored in. Others are codes of some quantization, or no weights at all.
 _FLOATS = {"F64", "F32", "F16", "BF16"}
 # Settings that transformers makes as many modules or entries of, without asking whether there is a weight.
@@ -112,9 +112,10 @@ def _shard(directory: Path, name: str) -> Path:
 
 def _check_kind(directory: Path) -> None:
     if not (directory / CONFIG_NAME).is_file():
+        _check_no_gguf(directory)
         raise InputError(f"{directory} holds no {CONFIG_NAME}; expected a transformers model directory")
     for path in (*directory.iterdir(), *directory.glob("*/*.jinja")):
-        if not path.is_dir() and path.suffix not in _WEIGHTS:
+        if not path.is_dir() and path.suffix not in WEIGHTS:
             require_inside(directory, path)
         if path.suffix == ".json" and path.is_file() and path.stat().st_size > _LARGEST_JSON:
             raise InputError(f"{path} has {path.stat().st_size:,} bytes, at most {_LARGEST_JSON:,} are read")
@@ -128,11 +129,21 @@ def _check_kind(directory: Path) -> None:
             f"{directory} holds its weights as pickle ({pickles[0]}), which can run code when read; "
             "convert it to safetensors first (save_pretrained does)"
         )
+    _check_no_gguf(directory)
     raise InputError(f"{directory} holds no .safetensors file")
+
+
+def _check_no_gguf(directory: Path) -> None:
+    """Raises: InputError if a directory without safetensors holds GGUF files."""
+    files = sorted(directory.glob("*.gguf"))
+    if files:
+        others = f", or another of its {len(files)} GGUF files" if len(files) > 1 else ""
+        raise InputError(f"{directory} holds its weights as GGUF; name the file: {files[0]}{others}")
 
 
 def read_header(shard: Path) -> Iterator[tuple[str, StoredTensor]]:
     """The tensors that a safetensors file says it holds, and holds by its size. Raises: InputError."""
+    refuse_pointer(shard)
     size = shard.stat().st_size
     with shard.open("rb") as file:
         (length,) = struct.unpack("<Q", file.read(8).ljust(8, b"\xff"))
