@@ -3,7 +3,6 @@
 import hashlib
 import importlib.util
 import json
-import shutil
 import sys
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,6 +14,8 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from huggingface_hub.constants import HF_HUB_OFFLINE
+from huggingface_hub.errors import LocalEntryNotFoundError
 from torch import Tensor, nn
 from torch.nn.modules.module import register_module_parameter_registration_hook
 from transformers import (
@@ -26,14 +27,16 @@ from transformers import (
     PreTrainedTokenizerBase,
     modeling_gguf_pytorch_utils,
 )
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging as transformers_logging
-from transformers.utils.hub import cached_file
 
-from lrsd.errors import InputError, LrsdError, NumericsError
-from lrsd.intake.gguf import read_gguf_header
+from lrsd.errors import InputError, LaterError, LrsdError, NumericsError
 from lrsd.intake.safetensors import StoredTensor, take_inventory
-from lrsd.model.kinds import KINDS, kind_of
+from lrsd.model.gguf import take_gguf_inventory
+from lrsd.model.kinds import kind_of
 from lrsd.model.kinds.base import Kind
+from lrsd.model.rope import carry_rope
+from lrsd.model.stored import STORED_AS, left_out, native_dtype, passed_over, rounded_tensors
 
 # Weights that a configuration may ask for per value stored: some models make others of their own; a packed
 # byte holds up to 32.
@@ -41,17 +44,17 @@ _ASKED, _ASKED_PACKED = 2, 40
 # Tensors that it may ask for beyond twice those stored, and bytes of tables that are not stored, of positions
 # or masks. A fused tensor becomes several; GPT-2's masks take a megabyte per block.
 _FREE_TENSORS, _TABLES = 1000, 2**28
-# Safetensors' names of the types that models compute in.
-_STORED_AS = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
 # Bytes per weight of a GGUF tensor while it is decoded: codes, scales and products in float32.
 _DECODING = 12
 # A tokenizer that makes more tokens than this of a character, tried on these, is a bomb: bytes are the least.
 _PROBE_TEXT, _MOST_TOKENS = "The quick brown fox jumps over the lazy dog.", 8
 # Values checked at once: the check takes a few bytes for each.
 _FINITE_VALUES = 2**22
-# What is fetched of a model on the hub: never pickles or code.
-_HUB_FILES = ("*.json", "model*.safetensors", "tokenizer*", "*.model", "*.txt", "*.jinja")
-_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+# What is fetched of a model on the hub: the weights in one format, and what stands beside them, but no code.
+_HUB_FILES = (
+    "model*.safetensors", "[0-9]_*/*.safetensors", "tokenizer*", "*.json", "*.jinja", "*.txt", "*.model",
+    "*.spm", "*.tiktoken", "*.codes", "README.md", "LICENSE*", "NOTICE*",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,8 @@ class LoadedModel:
     """A dense or compressed model on its device in evaluation mode; a tokenizer, or none of a speech model.
 
     stored_as: how the source held the weights ("bfloat16", "GGUF Q4_1", ...), for the report. ignored: names
-    of tensors that the files hold beyond the model.
+    of tensors that the files hold beyond the model; rounded: of those that are stored in another type than
+    they are computed in, which changes their values. directory: where the files are; None of a GGUF file.
     """
 
     model: PreTrainedModel
@@ -67,6 +71,8 @@ class LoadedModel:
     source: str
     stored_as: str
     ignored: tuple[str, ...] = ()
+    rounded: tuple[str, ...] = ()
+    directory: Path | None = None
 
     @property
     def kind(self) -> Kind:
@@ -99,9 +105,10 @@ def load_model(
     """Load a model, with the head that its configuration names, and its tokenizer; remote code and pickles
     are never run.
 
-    Args: source: directory of safetensors, .gguf file, or hub id; dtype: "auto" keeps a 16-bit
-        model as it is and turns any other into bfloat16; device: "auto" is cuda where there is one;
-        memory: bytes that may be taken by weights that are not used as they are stored.
+    Args: source: directory of safetensors, .gguf file, or hub id; dtype: "auto" keeps the 16-bit type that
+        most weights are stored in, whatever the configuration says, and turns any other into bfloat16;
+        device: "auto" is cuda where there is one; memory: bytes that may be taken by weights that are not
+        used as they are stored.
     Raises: InputError naming what is missing, unreadable or too large.
     """
     try:
@@ -116,7 +123,9 @@ def _load(source: str, dtype: str, device: str, memory: int | None) -> LoadedMod
     target = resolve_device(device)
     with _unreadable(source), _errors_only():
         config = AutoConfig.from_pretrained(where, **_config_arguments(arguments))
-        native = str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
+        if arguments:
+            carry_rope(config, Path(where) / arguments["gguf_file"])
+        native = native_dtype(config, inventory)
         computed = _resolve_dtype(dtype, native)
         _check_size(source, config, inventory)
         _check_room(source, inventory, computed, memory)
@@ -136,8 +145,11 @@ def _load(source: str, dtype: str, device: str, memory: int | None) -> LoadedMod
     stored_as = native
     if arguments:
         stored_as = "GGUF " + "/".join(sorted({t.dtype for t in inventory.values() if len(t.shape) > 1}))
-    ignored = tuple(sorted(report["unexpected_keys"]))
-    return LoadedModel(model.eval(), tokenizer, source, stored_as, ignored)
+    ignored = tuple(sorted({*report["unexpected_keys"], *left_out(model, inventory)}))
+    read = {name: t for name, t in inventory.items() if name not in ignored and not passed_over(model, name)}
+    rounded = () if arguments else rounded_tensors(model, read, computed)
+    directory = None if arguments else Path(where)
+    return LoadedModel(model.eval(), tokenizer, source, stored_as, ignored, rounded, directory)
 
 
 @contextmanager
@@ -155,25 +167,10 @@ def _unreadable(source: str) -> Iterator[None]:
 def _check_size(source: str, config: PretrainedConfig, inventory: Mapping[str, StoredTensor]) -> None:
     """Raises: InputError if a configuration asks for more weights than there are, before they take memory
     or time."""
-    model_class = _model_class(config)
-    make = getattr(model_class, "_from_config", None) or model_class.from_config
     packed = bool(getattr(config, "quantization_config", None))
     stored = sum(tensor.numel for tensor in inventory.values())
     most = stored * (_ASKED_PACKED if packed else _ASKED)
-    tensors = 0
-
-    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
-        nonlocal tensors
-        tensors += 1
-        if tensors > _ASKED * len(inventory) + _FREE_TENSORS:
-            raise InputError(f"{source}: config.json asks for more than {len(inventory):,} tensors")
-
-    watched = register_module_parameter_registration_hook(count)
-    try:
-        with torch.device("meta"):
-            model = make(config)
-    finally:
-        watched.remove()
+    model = _made_empty(source, config, len(inventory))
     asked = sum(parameter.numel() for parameter in model.parameters())
     if asked > most:
         raise InputError(f"{source}: config.json asks for {asked:,} weights, the files hold {stored:,}")
@@ -182,11 +179,50 @@ def _check_size(source: str, config: PretrainedConfig, inventory: Mapping[str, S
         raise InputError(f"{source}: config.json asks for tables of {tables:,} bytes besides the weights")
 
 
+def empty_model(directory: Path, tensors: int) -> PreTrainedModel:
+    """The dense model that a directory's configuration describes, without memory for its weights.
+
+    tensors: how many it stores. Raises: InputError for a configuration that asks for many more.
+    """
+    with _unreadable(str(directory)):
+        config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+        if hasattr(config, "quantization_config"):
+            del config.quantization_config
+        return _made_empty(str(directory), config, tensors)
+
+
+def named_as_stored(model: PreTrainedModel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Weights of a model, or of a block of it, under the names and in the shapes that its checkpoints have:
+    experts one by one, for example."""
+    found = revert_weight_conversion(model, tensors)
+    return {name: tensor.contiguous() for name, tensor in found.items()}
+
+
+def _made_empty(source: str, config: PretrainedConfig, tensors: int) -> PreTrainedModel:
+    model_class = _model_class(config)
+    make = getattr(model_class, "_from_config", None) or model_class.from_config
+    made = 0
+
+    def count(module: nn.Module, name: str, parameter: nn.Parameter | None) -> None:
+        nonlocal made
+        made += 1
+        if made > _ASKED * tensors + _FREE_TENSORS:
+            raise InputError(f"{source}: config.json asks for more than {tensors:,} tensors")
+
+    watched = register_module_parameter_registration_hook(count)
+    try:
+        with torch.device("meta"):
+            model: PreTrainedModel = make(config)
+    finally:
+        watched.remove()
+    return model
+
+
 def _check_room(
     source: str, inventory: Mapping[str, StoredTensor], computed: torch.dtype, memory: int | None
 ) -> None:
     """Raises: InputError if the weights that are converted, and so cannot stay in their files, do not fit."""
-    sizes = [t.numel for t in inventory.values() if t.dtype != _STORED_AS[computed]]
+    sizes = [t.numel for t in inventory.values() if t.dtype != STORED_AS[computed]]
     needed = computed.itemsize * sum(sizes)
     if source.endswith(".gguf"):
         needed += _DECODING * max(sizes, default=0)
@@ -255,35 +291,18 @@ def exact_device(device: torch.device) -> torch.device:
 
 
 def _model_class(config: PretrainedConfig) -> Any:
-    """The class that the configuration names; a language model where it names none, or one of several media
-    that no kind reads.
+    """The class that the configuration names; a language model where it names none.
 
     Raises: InputError if that class is of another kind of model than the configuration.
     """
     named: Any = getattr(transformers, (config.architectures or [""])[0], None)
-    is_text_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
-    if is_text_model and named.config_class and not isinstance(config, named.config_class):
+    is_model = isinstance(named, type) and issubclass(named, PreTrainedModel)
+    if is_model and named.config_class and not isinstance(config, named.config_class):
         raise InputError(
             f"cannot load a {named.__name__} from the configuration of a {config.model_type} model; "
             "the architectures and the model_type in config.json must agree"
         )
-    several_media = not config.is_encoder_decoder and "ConditionalGeneration" in str(named)
-    if not is_text_model or (several_media and not any(kind.loads_whole(named) for kind in KINDS)):
-        return AutoModelForCausalLM
-    return named
-
-
-def copy_processor(source: str, target: Path) -> None:
-    """The files beside the weights by which sound or images become inputs, where the source has any."""
-    if source.endswith(".gguf"):
-        return
-    for name in _PROCESSOR_FILES:
-        path = cached_file(
-            source, name, _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )  # fmt: skip
-        if path is not None:
-            shutil.copyfile(path, target / name)
+    return named if is_model else AutoModelForCausalLM
 
 
 def _locate(source: str) -> tuple[str, dict[str, Any]]:
@@ -302,7 +321,12 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
     if source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise InputError(f"no such model directory: {source}")
     with _unreadable(f"{source}, which is no directory here, from the hub"):
-        return snapshot_download(source, allow_patterns=list(_HUB_FILES)), {}
+        try:
+            return snapshot_download(source, allow_patterns=list(_HUB_FILES)), {}
+        except LocalEntryNotFoundError as error:
+            if HF_HUB_OFFLINE:
+                raise
+            raise LaterError(f"{source} is no directory here, and the hub does not answer") from error
 
 
 def _inventory(where: str, arguments: dict[str, Any]) -> dict[str, StoredTensor]:
@@ -312,7 +336,7 @@ def _inventory(where: str, arguments: dict[str, Any]) -> dict[str, StoredTensor]
     missing = [name for name in ("gguf", "accelerate") if importlib.util.find_spec(name) is None]
     if missing:
         raise InputError(f"reading a .gguf file needs {' and '.join(missing)}: pip install 'lrsd[gguf]'")
-    return read_gguf_header(Path(where) / arguments["gguf_file"])
+    return take_gguf_inventory(Path(where) / arguments["gguf_file"])
 
 
 @contextmanager
