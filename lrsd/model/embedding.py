@@ -31,6 +31,13 @@ def embedding_names(model: PreTrainedModel) -> tuple[str, ...]:
     return tuple(found)
 
 
+def embedding_rows(model: PreTrainedModel) -> int:
+    """Of the token embedding: the ids that the model reads are below that."""
+    weight = model.get_input_embeddings().weight
+    assert isinstance(weight, Tensor)
+    return weight.shape[0]
+
+
 def is_tied(model: PreTrainedModel) -> bool:
     """Whether the head uses the token embedding's own weight."""
     head = model.get_output_embeddings()

@@ -2,7 +2,8 @@
 
 transformers keeps all experts of a block in two parameters, `gate_up_proj` (or `up_proj`) and `down_proj`, of
 shape (experts, out, in), or (experts, in, out). Taken apart, `experts.ups.3` and `experts.downs.3` are linear
-layers like any other: traced, measured, fitted and packed on their own.
+layers like any other: traced, measured, fitted and packed on their own. Llama 4's module does not say which
+way round its parameters are, and is called with all tokens for every expert, times zero where not its own.
 """
 
 from types import MethodType
@@ -10,14 +11,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers.models.llama4.modeling_llama4 import Llama4TextExperts
 
 UPS, DOWNS = "ups", "downs"
 
 
 def is_fused(module: nn.Module) -> bool:
-    """Whether this is transformers' module of fused experts."""
+    """Whether this is a module of fused experts of a known kind."""
     down = module._parameters.get("down_proj")
-    return down is not None and down.dim() == 3 and hasattr(module, "is_transposed")
+    known = hasattr(module, "is_transposed") or type(module) is Llama4TextExperts
+    return down is not None and down.dim() == 3 and known
 
 
 def is_unfused(module: nn.Module) -> bool:
@@ -69,6 +72,9 @@ def _parameter(value: Tensor) -> nn.Parameter:
 
 
 def _unfuse(module: Any) -> None:
+    weighed = type(module) is Llama4TextExperts
+    if weighed:
+        module.has_gate, module.has_bias, module.is_transposed = True, False, True
     for parameter, parts in fused_names(gated=module.has_gate).items():
         weight_EOI = getattr(module, parameter)
         if module.is_transposed:
@@ -86,7 +92,7 @@ def _unfuse(module: Any) -> None:
         if bias_EO is not None:
             delattr(module, f"{parameter}_bias")
         setattr(module, parts, nn.ModuleList(linears))
-    module.forward = MethodType(_forward, module)
+    module.forward = MethodType(_forward_weighed if weighed else _forward, module)
     module._is_hf_initialized = True  # transformers would look for the fused parameters to initialise them
 
 
@@ -107,3 +113,15 @@ def _forward(self: Any, hidden_states: Tensor, *routing: Tensor, **named: Tensor
             down = self.post_expert_norm(down)
         result.index_add_(0, token, (down * weights_TK[token, choice, None]).to(result.dtype))
     return result
+
+
+def _forward_weighed(self: Any, hidden_states: Tensor) -> Tensor:
+    """Llama 4's: hidden_states (experts x tokens, width), zero where a token is not the expert's."""
+    inputs_ETI = hidden_states.view(len(self.ups), -1, hidden_states.shape[-1])
+    result = torch.zeros_like(inputs_ETI)
+    for expert, x in enumerate(inputs_ETI):
+        (tokens,) = x.any(-1).nonzero(as_tuple=True)
+        if len(tokens):
+            gate, up = self.ups[expert](x[tokens]).chunk(2, dim=-1)
+            result[expert, tokens] = self.downs[expert](up * self.act_fn(gate))
+    return result.view_as(hidden_states)

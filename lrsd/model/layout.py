@@ -1,16 +1,19 @@
 """Where a model keeps its blocks and linear weights, found by looking rather than by family name."""
 
+from collections import Counter
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from math import prod
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from lrsd.errors import InputError
 from lrsd.forms.base import VALUE_BYTES, Shape
 from lrsd.model.experts import DOWNS, UPS, is_unfused
-from lrsd.model.samples import Samples, try_running
-from lrsd.model.slots import is_linear, weight_slot
+from lrsd.model.samples import Samples, reads_several_media, try_running
+from lrsd.model.slots import SLOTS, is_linear, weight_slot
 from lrsd.settings import Selection
 
 
@@ -104,6 +107,7 @@ def find_layout(model: PreTrainedModel, example: Samples, selection: Selection |
     """
     selection = selection or Selection()
     lists = _block_lists(model)
+    shared, usual = _shared_weights(model), _usual_type(lists)
     names = {module: name for name, module in model.named_modules()}
     places = [(stack, index) for stack, (_, blocks) in enumerate(lists) for index in range(len(blocks))]
     calls: dict[tuple[int, int], list[tuple[str, tuple[int, ...]]]] = {place: [] for place in places}
@@ -141,19 +145,26 @@ def find_layout(model: PreTrainedModel, example: Samples, selection: Selection |
     for stack, (lists_name, blocks) in enumerate(lists):
         for index, block in enumerate(blocks):
             name = f"{lists_name}.{index}"
-            groups = [*_groups(model, calls[stack, index]), *_expert_groups(model, name, block)]
-            chosen = (_chosen(group, selection, untouched) for group in groups)
+            routed = [
+                *_expert_groups(model, name, block),
+                *_listed_experts(model, name, block, calls[stack, index]),
+            ]
+            experts = {spec.name for group in routed for spec in group.linears}
+            shared_by_all = [call for call in calls[stack, index] if call[0] not in experts]
+            groups = [*_groups(model, shared_by_all), *routed]
+            chosen = (_chosen(model, group, selection, shared, usual, untouched) for group in groups)
             traced.append(Block(name, tuple(group for group in chosen if group), stack, index == 0))
     layout = Layout(tuple(traced), _stream_width(model), untouched)
-    for name, module in model.named_modules():
-        if is_linear(module) and name not in layout.linears and name not in untouched:
-            head = module is model.get_output_embeddings()
-            untouched[name] = "the model's head" if head else "not run within a block"
+    left = dict[str, nn.Module](model.named_modules())
+    for name in [name for name in left if name not in layout.linears and name not in untouched]:
+        if isinstance(left[name], tuple(SLOTS)):
+            untouched[name] = _reason_against(model, left[name])
     for traced_block in layout.blocks:
         module = model.get_submodule(traced_block.name)
         for name, parameter in module.named_parameters(traced_block.name):
             if parameter.dim() == 3:
-                untouched[name] = "a 3-D weight of a kind that is not known"
+                owner = type(model.get_submodule(name.rpartition(".")[0])).__name__
+                untouched[name] = f"a 3-D weight of a {owner}"
     if not layout.linears:
         raise InputError(
             f"{type(model).__name__} runs no linear layer inside its blocks "
@@ -174,21 +185,67 @@ def _stream_width(model: PreTrainedModel) -> int:
     return int(getattr(config, "hidden_size", None) or config.d_model)
 
 
-def _chosen(group: InputGroup, selection: Selection, untouched: dict[str, str]) -> InputGroup | None:
-    reasons = {
-        spec.name: selection.reason_against(spec.name, spec.shape.dense_bytes // VALUE_BYTES)
-        for spec in group.linears
+def _usual_type(lists: list[tuple[str, nn.ModuleList]]) -> torch.dtype:
+    """That of most linear weights."""
+    sizes = Counter[torch.dtype]()
+    for module in (module for _, blocks in lists for module in blocks.modules() if is_linear(module)):
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        sizes[weight.dtype] += weight.numel()
+    return max(sizes, key=sizes.__getitem__)
+
+
+def _shared_weights(model: PreTrainedModel) -> dict[str, str]:
+    """Modules whose weight another module holds too, or that have several names, and one other holder."""
+    holders: dict[nn.Parameter, list[str]] = {}
+    for name, module in model.named_modules(remove_duplicate=False):
+        if (weight := module._parameters.get("weight")) is not None:
+            holders.setdefault(weight, []).append(name)
+    return {
+        name: next(other for other in names if other != name)
+        for names in holders.values()
+        for name in names
+        if len(names) > 1
     }
+
+
+def _reason_against(model: PreTrainedModel, module: nn.Module) -> str:
+    """Why a linear layer that no block has among its own stays dense."""
+    if not is_linear(module):
+        return f"a {type(module).__name__}, which may do more than multiply"
+    return "the model's head" if module is model.get_output_embeddings() else "not run within a block"
+
+
+def _chosen(
+    model: PreTrainedModel,
+    group: InputGroup,
+    selection: Selection,
+    shared: dict[str, str],
+    usual: torch.dtype,
+    untouched: dict[str, str],
+) -> InputGroup | None:
+    def reason(spec: LinearSpec) -> str | None:
+        if spec.name in shared:
+            return f"its weight is also that of {shared[spec.name]}"
+        own = weight_slot(model, spec.name).parameter.dtype
+        if own != usual:
+            return f"kept in {str(own).removeprefix('torch.')} by the model"
+        return selection.reason_against(spec.name, spec.shape.dense_bytes // VALUE_BYTES)
+
+    reasons = {spec.name: reason(spec) for spec in group.linears}
     untouched |= {name: reason for name, reason in reasons.items() if reason}
     linears = tuple(spec for spec in group.linears if reasons[spec.name] is None)
     return replace(group, linears=linears) if linears else None
 
 
 def _block_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
-    """The list of blocks, or the encoder's and the decoder's, in the order in which they run."""
+    """The list of blocks, or the encoder's and the decoder's, in the order in which they run; of a model of
+    several media that of its text decoder."""
     stacks: list[nn.Module] = [model]
     if model.config.is_encoder_decoder:
         stacks = [model.get_encoder(), model.get_decoder()]
+    elif reads_several_media(model.config):
+        stacks = [model.get_decoder()]
     names = {module: name for name, module in model.named_modules()}
     return [(names[blocks], blocks) for blocks in (_largest_list(model, stack) for stack in stacks)]
 
@@ -225,6 +282,34 @@ def _expert_groups(model: PreTrainedModel, block_name: str, block: nn.Module) ->
         for part in (UPS, DOWNS)
         for expert in range(len(getattr(module, part)))
     ]
+
+
+def _listed_experts(
+    model: PreTrainedModel, block_name: str, block: nn.Module, calls: list[tuple[str, tuple[int, ...]]]
+) -> list[InputGroup]:
+    """Experts that are modules of their own in a list or dictionary: members of one class, some of which saw
+    fewer tokens than other layers did, or none."""
+    tokens: dict[str, int] = {}
+    for name, (_, *shape) in calls:
+        tokens[name] = max(tokens.get(name, 0), prod(shape[:-1]))
+    most = max(tokens.values(), default=0)
+    groups: list[InputGroup] = []
+    for place, experts in block.named_modules():
+        inner = any(group.name.startswith(f"{block_name}.{place}.") for group in groups)
+        unfused = is_unfused(block.get_submodule(place.rpartition(".")[0]))
+        if not isinstance(experts, nn.ModuleList | nn.ModuleDict) or inner or unfused:
+            continue
+        found: dict[str, str] = {}
+        classes = []
+        for key, expert in experts.named_children():
+            parts = [part for part, module in expert.named_modules() if is_linear(module)]
+            classes += [type(expert)] if parts else []
+            for part in parts:
+                name = ".".join(filter(None, (block_name, place, key, part)))
+                found[name] = ".".join(filter(None, (block_name, place, part)))
+        if len(set(classes)) == 1 < len(classes) and any(tokens.get(name, 0) < most for name in found):
+            groups += [InputGroup((_spec(model, name),), routed) for name, routed in found.items()]
+    return groups
 
 
 def _spec(model: PreTrainedModel, name: str) -> LinearSpec:

@@ -1,7 +1,8 @@
 """Run a model block by block on cached hidden states, looking at the inputs of its linears."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import ExitStack, contextmanager, suppress
+from copy import copy
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import partial
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
-from transformers.modeling_outputs import BaseModelOutput
 
 from lrsd.errors import InputError
 from lrsd.model.arithmetic import fast_products
@@ -58,7 +58,8 @@ class Replay:
     the model as it was at the start. calls: per batch, per block; shared by batches of one shape if the
     first two of them agree.
     inputs: the hidden states that enter each stack's first block.
-    encoded: the encoder's output for the first batch, where there is one.
+    encoded: what the encoder gives for the first batch, where there is one, in its own type: experts' routing
+    is among it.
     batch_sizes: samples per batch.
     finished: to be called with a block's module when its weights will not be read for a while.
     world: whose batches these are.
@@ -68,7 +69,7 @@ class Replay:
     layout: Layout
     calls: tuple[list[_Call], ...]
     inputs: tuple[Stream, ...]
-    encoded: Tensor | None
+    encoded: Any
     batch_sizes: tuple[int, ...]
     finished: Callable[[nn.Module], None]
     world: World = field(default_factory=World)
@@ -85,7 +86,7 @@ class Replay:
         """Raises: InputError if the model does something between two blocks, or runs one twice."""
         calls: list[list[_Call]] = []
         entering = tuple(new_stream(f"entering-{stack}") for stack in range(layout.stacks))
-        encoded: Tensor | None = None
+        encoded: Any = None
         by_shape: dict[Any, list[list[_Call]]] = {}
         sizes: list[int] = []
         for samples in batches:
@@ -108,8 +109,8 @@ class Replay:
         """Output of one block for the hidden states of one batch."""
         call = self.calls[batch][index]
         with fast_products(hidden.dtype, hidden.device):
-            output = self.block(index)(hidden, *call.args, **call.kwargs)
-        return output[0] if isinstance(output, tuple) else output
+            output = self.block(index)(hidden, *call.args, **_apart(call.kwargs))
+        return output[0] if isinstance(output, tuple | list) else output
 
     def pass_(
         self,
@@ -218,13 +219,17 @@ class Replay:
         """
         more: dict[str, Any] = {}
         if self.layout.blocks[index].stack > 0:
-            more["encoder_outputs"] = BaseModelOutput(last_hidden_state=self.encoded)
+            more["encoder_outputs"] = self.encoded
         thinned = "logits_to_keep" in signature(self.model.forward).parameters
         if thinned:
             tokens = samples.inputs["input_ids"].shape[1]
             more["logits_to_keep"] = torch.arange(0, tokens, every, device=hidden.device)
 
+        left = {n: v for n, v in self.calls[0][index].kwargs.items() if isinstance(v, MutableMapping)}
+
         def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            for name, values in left.items():
+                kwargs[name].update(values)  # what the blocks that are skipped would have left for later ones
             if args:
                 return (hidden, *args[1:]), kwargs
             return args, kwargs | {"hidden_states": hidden}
@@ -259,7 +264,7 @@ def _same(a: Any, b: Any) -> bool:
         return isinstance(a, Tensor) and isinstance(b, Tensor) and a.shape == b.shape and torch.equal(a, b)
     if isinstance(a, _Call) and isinstance(b, _Call):
         return _same(a.args, b.args) and _same(a.kwargs, b.kwargs) and _same(a.rest, b.rest)
-    if isinstance(a, dict) and isinstance(b, dict):
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
         return a.keys() == b.keys() and all(_same(a[key], b[key]) for key in a)
     if isinstance(a, list | tuple) and isinstance(b, list | tuple):
         return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
@@ -274,6 +279,14 @@ def _kept(value: Any) -> Any:
     if isinstance(value, tuple):
         return tuple(_kept(item) for item in value)
     return value.detach().clone() if isinstance(value, nn.Parameter) else value
+
+
+def _apart(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments that a block may write to, for later ones to read (keys and values that are shared), apart
+    from those that are kept."""
+    return {
+        name: copy(value) if isinstance(value, MutableMapping) else value for name, value in kwargs.items()
+    }
 
 
 def _joined(inputs: list[Tensor]) -> Tensor:
@@ -300,14 +313,14 @@ def _on_input(model: nn.Module, block: Block, see: Callable[[str, Tensor], Any])
 class _Traced:
     calls: list[_Call]
     entering: list[Tensor]
-    encoded: Tensor | None
+    encoded: Any
 
 
 def _trace(model: PreTrainedModel, layout: Layout, samples: Samples, *, only_entry: bool) -> _Traced:
     """One pass up to the last block, noting each block's call; or up to the first block only."""
     calls: list[_Call] = []
     entering: list[Tensor] = []
-    encoded: list[Tensor] = []
+    encoded: list[Any] = []
     left: list[Tensor] = []  # the output of the block before
 
     def enter(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], block: Block) -> None:
@@ -324,7 +337,7 @@ def _trace(model: PreTrainedModel, layout: Layout, samples: Samples, *, only_ent
             )
 
     def leave(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        first, rest = (output[0], output[1:]) if isinstance(output, tuple) else (output, None)
+        first, rest = (output[0], tuple(output[1:])) if isinstance(output, tuple | list) else (output, None)
         left[:] = [first]
         kwargs = {name: _kept(value) for name, value in kwargs.items() if name != "hidden_states"}
         calls.append(_Call(_kept(args[1:]), kwargs, None if rest is None else _kept(rest)))
@@ -341,9 +354,7 @@ def _trace(model: PreTrainedModel, layout: Layout, samples: Samples, *, only_ent
         if layout.stacks > 1:
             encoder = model.get_encoder()
             hooks.callback(
-                encoder.register_forward_hook(
-                    lambda m, args, output: encoded.append(output.last_hidden_state)
-                ).remove
+                encoder.register_forward_hook(lambda m, args, output: encoded.append(output)).remove
             )
         with suppress(_Reached):
             run_model(model, samples)

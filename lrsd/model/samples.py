@@ -1,19 +1,22 @@
 """Inputs and outputs of a model, of whatever kind it is."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel
 
 from lrsd.errors import InputError
 from lrsd.model.arithmetic import fast_products
 from lrsd.numerics.divergence import mean_divergence
 
 _TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
+# An id that no token has.
+_NO_TOKEN = -1
 
 
 @dataclass(frozen=True)
@@ -39,6 +42,11 @@ class Samples:
         return Samples({n: v[:, :length] if n in _TOKEN_INPUTS else v for n, v in self.inputs.items()})
 
     @property
+    def token_ids(self) -> list[Tensor]:
+        """Those of its inputs that are tokens."""
+        return [value for name, value in self.inputs.items() if name in _TOKEN_INPUTS and value.numel()]
+
+    @property
     def positions(self) -> int:
         """Tokens of the longest input, or frames of features, over all samples."""
         return max(v.numel() if n in _TOKEN_INPUTS else v[:, 0].numel() for n, v in self.inputs.items())
@@ -57,8 +65,23 @@ def run_model(model: PreTrainedModel, samples: Samples, **more: Any) -> Any:
             inputs[name] = value.to(model.dtype)
     if "use_cache" in takes:
         more["use_cache"] = False
-    with fast_products(model.dtype, model.device):
+    with fast_products(model.dtype, model.device), _without_padding(model):
         return model(**inputs, **more)
+
+
+@contextmanager
+def _without_padding(model: PreTrainedModel) -> Iterator[None]:
+    """Classifiers on decoders that know no padding token refuse more than one sample, as they could not tell
+    where each ends. Samples are unpadded: no token is padding, then."""
+    config = model.config.get_text_config()
+    absent = getattr(config, "pad_token_id", None) is None
+    if absent:
+        config.pad_token_id = _NO_TOKEN
+    try:
+        yield
+    finally:
+        if absent:
+            config.pad_token_id = None
 
 
 def try_running(model: PreTrainedModel, example: Samples) -> None:
@@ -68,18 +91,29 @@ def try_running(model: PreTrainedModel, example: Samples) -> None:
             run_model(model, example)
     except Exception as error:  # models raise errors of every kind
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = ", a model of several media (images, sound)," * reads_several_media(model.config)
         raise InputError(
-            f"{type(model).__name__} cannot be run on {' and '.join(example.inputs)} alone: {line}"
+            f"{type(model).__name__}{what} cannot be run on {' and '.join(example.inputs)} alone: {line}"
         ) from error
+
+
+def reads_several_media(config: PretrainedConfig) -> bool:
+    """Whether a model has a text decoder beside parts that read images or sound."""
+    return config.get_text_config() is not config
 
 
 def logits_of(output: Any) -> Tensor:
     """A model's logits, (rows, classes) in float32; of a bare encoder its last hidden states."""
+    return outputs_of(output).float()
+
+
+def outputs_of(output: Any) -> Tensor:
+    """The same in the model's own type. Raises: InputError if there are none."""
     named = [getattr(output, name, None) for name in ("logits", "last_hidden_state")]
     found = next((value for value in named if isinstance(value, Tensor)), None)
     if found is None:
         raise InputError(f"{type(output).__name__} holds neither logits nor hidden states to compare")
-    return found.float().reshape(-1, found.shape[-1])
+    return found.reshape(-1, found.shape[-1])
 
 
 def distance(model: PreTrainedModel, reference: Tensor, found: Tensor) -> float:

@@ -7,7 +7,9 @@ from torch import Tensor
 
 from lrsd.data.sources import mixture_identity
 from lrsd.errors import BudgetError, InputError
-from lrsd.forms.base import VALUE_BYTES, Shape
+from lrsd.forms.base import Shape
+from lrsd.intake.companions import companions
+from lrsd.model.alone import require_separable
 from lrsd.model.embedding import embedding_names, packed_bytes
 from lrsd.model.experts import fusions, unfuse_experts
 from lrsd.model.gguf import GgufSource, match_gguf
@@ -30,7 +32,7 @@ _METADATA, _METADATA_PER_MATRIX = 2**14, 2**10
 class SourceModel:
     """A dense model with finite weights, what is to be compressed of it, on what text, within which bytes.
 
-    fingerprint, text: what tells model and text from others. checkpoint_bytes: of all weights, at 16 bit.
+    fingerprint, text: what tells model and text from others. checkpoint_bytes: of all weights, as stored.
     gguf: the file that it came from, where another one is to be made of it; embeddings: what else the budget
     is for then.
     """
@@ -79,16 +81,20 @@ def load_source(
     limit = allowed_memory() if memory is None else memory
     text = mixture_identity(list(recipe.calibration.shares))
     loaded = load_model(source, dtype=recipe.run.dtype, device=recipe.run.device, memory=limit)
+    if loaded.directory is not None:
+        list(companions(loaded.directory))  # what cannot be kept is better known now
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{source} is already compressed; compress the dense model it was made from")
     loaded.model.requires_grad_(False)  # derivatives are taken by outputs of layers, never by weights
     unfuse_experts(loaded.model)
     residence = Residence(loaded.model, limit, process)
-    layout = find_layout(loaded.model, loaded.kind.example(loaded.model), recipe.selection)
+    example = loaded.kind.example(loaded.model)
+    layout = find_layout(loaded.model, example, recipe.selection)
     if recipe.method.weighs_tokens:
         layout = layout.one_by_one()
     for name, weight in residence.passing():
         check_finite(name, weight)
+    require_separable(loaded.model, layout, example)
     identity = fingerprint(loaded, residence.passing())
     linear, whole = (
         sum(spec.shape.dense_bytes for spec in layout.linears.values()),
@@ -118,7 +124,7 @@ def _gguf_source(
 
 
 def gguf_budget(file: GgufSource, linear: int, whole: int, asked: Budget) -> int:
-    """Bytes that the file's matrices may take. linear, whole: of the linear weights and of all, at 16 bit.
+    """Bytes that the file's matrices may take. linear, whole: of the linear weights and of all, dense.
 
     Raises: BudgetError if what else is in the file leaves nothing for them.
     """
@@ -154,5 +160,7 @@ def linear_budget(model: Model, linear: int, asked: Budget) -> int:
 
 
 def checkpoint_bytes(model: Model) -> int:
-    """Bytes of all weights at 16 bit, tied ones once."""
-    return sum(VALUE_BYTES * parameter.numel() for parameter in model.parameters())
+    """Bytes of all weights in the types that they are stored in, tied ones once."""
+    stored = model.state_dict().keys()
+    buffers = sum(buffer.nbytes for name, buffer in model.named_buffers() if name in stored)
+    return buffers + sum(parameter.nbytes for parameter in model.parameters())

@@ -28,7 +28,7 @@ from transformers import (
 from lrsd.data.sources import read_content
 from lrsd.data.tokens import calibration_samples, evaluation_items
 from lrsd.errors import InputError
-from lrsd.evaluate import perplexity, speed
+from lrsd.evaluate import measure, speed
 from lrsd.model.kinds import KINDS, kind_of
 from lrsd.model.kinds.base import EvaluationItem, Kind
 from lrsd.model.load import LoadedModel, load_model
@@ -194,7 +194,9 @@ def test_perplexity_counts_every_label(
 ) -> None:
     loaded = model_of(kind)
     items = evaluated_on(loaded, sources[form])
-    found = perplexity(loaded, items, form)
+    found, none = measure(loaded, items, form)
+    assert none is None
+    assert found is not None
     assert found.scored_tokens == sum(len(item.labels) for item in items)
     assert found.protocol == kind.perplexity_protocol
     assert 1 < found.perplexity < math.inf

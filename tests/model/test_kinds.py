@@ -273,10 +273,39 @@ def test_pairs_are_no_text(tiny_model_dir: Path, tmp_path: Path) -> None:
     """Their path was read in their place."""
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({"source": "three sheep", "target": "trois moutons"}) + "\n")
-    with pytest.raises(InputError, match=r'pairs.jsonl:1: expected a JSON object with a "text" field'):
+    with pytest.raises(InputError, match=r"pairs.jsonl:1: expected .* got the fields source, target"):
         evaluate(str(tiny_model_dir), (str(path),), seqlen=8)
 
 
 def test_speed_is_for_models_that_write(classifier: Path) -> None:
     with pytest.raises(InputError, match="--speed is for models that write token by token"):
         evaluate(str(classifier), (), with_speed=True)
+
+
+def test_a_tokenizer_of_another_model_is_one_line(
+    make_model, tiny_llama, text_file: Path, tmp_path: Path
+) -> None:
+    model = make_model(tiny_llama(vocab_size=200))
+    text = Calibration(calib=str(text_file), samples=8, seqlen=32)
+    with pytest.raises(
+        InputError, match=r"the tokenizer makes token 2\d\d, the model's embedding has 200 rows"
+    ):
+        compress(str(model), tmp_path / "out", on(Recipe.of(ratio=2), text))
+    with pytest.raises(InputError, match="give the model its own tokenizer"):
+        evaluate(str(model), (str(text_file),), seqlen=32, windows=2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reward_model_without_padding_is_calibrated_without(
+    make_model, tiny_llama, text_file: Path, tmp_path: Path
+) -> None:
+    """It refuses more than one sample, as it could not tell where each ends."""
+    config = tiny_llama(num_labels=1)
+    model = make_model(config, AutoModelForSequenceClassification)
+    text = Calibration(calib=str(text_file), samples=8, seqlen=32)
+    compress(str(model), tmp_path / "out", on(Recipe.of(ratio=1.05), text))
+    loaded = [AutoModelForSequenceClassification.from_pretrained(path) for path in (model, tmp_path / "out")]
+    assert [found.config.pad_token_id for found in loaded] == [None, None]
+    with torch.inference_mode():
+        dense, packed = (found(torch.arange(3, 40)[None]).logits.float() for found in loaded)
+    torch.testing.assert_close(packed, dense, rtol=0.05, atol=0.02)

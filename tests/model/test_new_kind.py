@@ -20,7 +20,7 @@ from transformers import (
 from lrsd.compress import compress
 from lrsd.errors import InputError
 from lrsd.evaluate import evaluate
-from lrsd.model import kinds, load
+from lrsd.model import kinds
 from lrsd.model.kinds.base import EvaluationItem, Kind
 from lrsd.model.load import load_model
 from lrsd.model.samples import Samples
@@ -41,10 +41,7 @@ class VisionLanguage(Kind):
     perplexity_protocol = "token perplexity of the text that follows an image"
 
     def recognizes(self, model: Model) -> bool:
-        return self.loads_whole(type(model))
-
-    def loads_whole(self, model_class: type[Model]) -> bool:
-        return model_class is LlavaForConditionalGeneration
+        return isinstance(model, LlavaForConditionalGeneration)
 
     def example(self, model: Model) -> Samples:
         size = model.config.vision_config.image_size
@@ -90,8 +87,7 @@ def test_a_new_kind_is_a_class_and_a_line(
     base: Path, pictures: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     table = (VisionLanguage(), *kinds.KINDS)
-    for module in (kinds, load):
-        monkeypatch.setattr(module, "KINDS", table)
+    monkeypatch.setattr(kinds, "KINDS", table)
     assert load_model(str(base)).kind is table[0]
     calibration = Calibration(calib=str(pictures), samples=6, seqlen=16)
     out = tmp_path / "out"

@@ -61,10 +61,6 @@ class Kind(ABC):
         """What to evaluate it on, in words."""
         return f"a safetensors file of {' and '.join(self.tensors)}" if self.tensors else "text"
 
-    def loads_whole(self, model_class: type[Model]) -> bool:
-        """Whether a class of several media is loaded as it is; its text decoder is, where no kind says so."""
-        return False
-
     def needs_tokenizer(self, model: Model) -> bool:
         """Whether it cannot be loaded without one: what reads features of sound may come without."""
         return model.main_input_name != "input_features"

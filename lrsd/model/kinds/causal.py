@@ -1,12 +1,23 @@
-"""Causal language models, which predict the next token."""
+"""Causal language models, which predict the next token. Of those that read images or sound besides text, the
+text decoder is compressed with text, and the rest is kept as it is."""
 
 import torch
 from torch import Tensor
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+)
 
 from lrsd.model.kinds.base import EvaluationItem, Kind, class_names
 from lrsd.model.samples import Samples
 from lrsd.model.types import Model, Tokenizer
+
+_CLASSES = (
+    class_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+    | class_names(MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES)
+    | class_names(MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES)
+)
 
 
 class Causal(Kind):
@@ -19,8 +30,7 @@ class Causal(Kind):
     begins_with_bos = True
 
     def recognizes(self, model: Model) -> bool:
-        known = class_names(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
-        return not model.config.is_encoder_decoder and type(model).__name__ in known
+        return not model.config.is_encoder_decoder and type(model).__name__ in _CLASSES
 
     def samples_from_blocks(self, model: Model, tokenizer: Tokenizer, blocks_NT: Tensor) -> Samples:
         return Samples({"input_ids": blocks_NT})
