@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lrsd.forms.base import Form, Shape, Spec, Specs, Tensors, check_coded
-from lrsd.forms.kernels import integer_product, narrowest
+from lrsd.forms.kernels import integer_product, narrowest, wide_enough
 from lrsd.numerics.coding import entropy_decode
 from lrsd.numerics.rounding import column_steps
 
@@ -49,7 +49,8 @@ class Entropy(Form):
 
     def forward(self, loaded: Tensors, x: Tensor, shape: Shape) -> Tensor:
         # Steps go onto x: codes are small integers, exact in 16 bit.
-        return integer_product(x * loaded["steps"].to(x.dtype), loaded["codes"])
+        wide = wide_enough(x.dtype)
+        return integer_product(x.to(wide) * loaded["steps"].to(wide), loaded["codes"]).to(x.dtype)
 
     def dense(self, loaded: Tensors, shape: Shape) -> Tensor:
         return loaded["codes"].float() * loaded["steps"]

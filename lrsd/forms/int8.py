@@ -48,7 +48,9 @@ class Int8Head(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, scales = self._stored()
-        return linear(x, weight.to(x.dtype)) * scales.to(x.dtype)
+        # They are on the embedding's device, which may be another one than the last block's.
+        y = linear(x.to(weight.device), weight.to(x.dtype)) * scales.to(x.dtype)
+        return y.to(x.device)
 
     def dense_weight(self) -> Tensor:
         """(V, D) in the scales' type."""

@@ -68,9 +68,10 @@ def _nibbles(
         y_TO = nibble_product(flat, held, states, steps_I, row_steps_O, 2.0 ** (exponent / 8))
         return y_TO.to(x.dtype).view(*x.shape[:-1], -1)
     # Steps go onto x and y: codes are small integers, exact in 16 bit.
-    dtype = x.dtype if has_kernels(x.dtype) else torch.float32
+    wide = wide_enough(x.dtype)
+    dtype = wide if has_kernels(wide) else torch.float32
     order = held["order"]
-    scaled = (x[..., order] * column_steps(steps_I[order], exponent).to(x.dtype)).to(dtype)
+    scaled = (x[..., order].to(wide) * column_steps(steps_I[order], exponent).to(wide)).to(dtype)
     bounds, rows = region_bounds(held), int(held["sizes"][0])
     each = max(1, _UNPACKED // (rows * bounds[1]))
     y = scaled.new_zeros(*x.shape[:-1], rows)
@@ -151,6 +152,12 @@ def integer_product(x: Tensor, codes_OI: Tensor) -> Tensor:
         product = torch._weight_int8pack_mm(flat, codes_OI, flat.new_ones(codes_OI.shape[0]))
         return product.view(*x.shape[:-1], -1)
     return linear(x, codes_OI.to(x.dtype))
+
+
+def wide_enough(dtype: torch.dtype) -> torch.dtype:
+    """The type in which inputs, steps and integers are multiplied: the range of float16 holds neither small
+    steps nor the integers that go with them."""
+    return torch.float32 if dtype is torch.float16 else dtype
 
 
 @cache

@@ -75,6 +75,10 @@ class PackedLinear(nn.Module):
         kept = {t.data_ptr(): t.untyped_storage().nbytes() for t in decoded if t.data_ptr() not in stored}
         return sum(stored.values()) + sum(kept.values())
 
+    def forget(self) -> None:
+        """Free what was decoded; it is decoded again when it is next used."""
+        self._decoded = {}
+
     def release_encoded(self) -> None:
         """Decode, and free what was decoded from where it can be encoded again, as saving the layer does."""
         self.decoded()

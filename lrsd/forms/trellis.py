@@ -14,6 +14,7 @@ from lrsd.forms.kernels import (
     split_integers,
     split_product,
     whole_integers,
+    wide_enough,
 )
 from lrsd.numerics.ans import ans_decode, ans_encode
 from lrsd.numerics.rounding import EntropyCodes, column_steps
@@ -95,8 +96,9 @@ class Trellis(Form):
         if "nibbles" in loaded:
             return nibbles_product(x, loaded, self.states, steps_I, row_steps_O, self.exponent)
         # Steps go onto x and y: codes are small integers, exact in 16 bit.
-        y = split_product(x * column_steps(steps_I, self.exponent).to(x.dtype), loaded)
-        return y * column_steps(row_steps_O, 0).to(x.dtype) if self.scaled else y
+        wide = wide_enough(x.dtype)
+        y = split_product(x.to(wide) * column_steps(steps_I, self.exponent).to(wide), loaded)
+        return (y * column_steps(row_steps_O, 0).to(wide) if self.scaled else y).to(x.dtype)
 
     def dense(self, loaded: Tensors, shape: Shape) -> Tensor:
         codes_OI = whole_integers(loaded, self.states).float()

@@ -20,6 +20,7 @@ from lrsd.forms.base import Form, Shape, Spec
 from lrsd.forms.entropy import Entropy
 from lrsd.forms.ggml import BLOCK_TYPES, Ggml
 from lrsd.forms.groupwise import Groupwise
+from lrsd.forms.kernels import split_integers
 from lrsd.forms.layer import Layer, assemble, parse_layer
 from lrsd.forms.lowrank import LowRank
 from lrsd.forms.masked import Masked
@@ -27,7 +28,7 @@ from lrsd.forms.packed import PackedLinear
 from lrsd.forms.symmetric import Symmetric
 from lrsd.forms.trellis import Trellis
 from lrsd.numerics.blocks import BlockCodes
-from lrsd.numerics.rounding import EntropyCodes, GroupCodes
+from lrsd.numerics.rounding import EntropyCodes, GroupCodes, column_steps
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
 
@@ -579,3 +580,22 @@ def test_entries_of_version_1_parse_to_the_same_tensors(entry: dict[str, Any]) -
 )  # fmt: skip
 def test_a_layer_that_no_weight_of_the_shape_can_have_does_not_fit(layer: Layer) -> None:
     assert not layer.fits(Shape(19, 13))
+
+
+@pytest.mark.parametrize("largest", [5, 10**5])
+@pytest.mark.parametrize("form", [Trellis(0, -8 * 17), Entropy(0, -8 * 17)])
+def test_float16_reaches_neither_the_steps_nor_the_integers_of_low_ratios(form: Any, largest: int) -> None:
+    """Weights and inputs are of ordinary size; their integers and steps are not."""
+    generator = torch.Generator().manual_seed(0)
+    codes_OI = torch.randint(-largest, largest + 1, (24, 64), generator=generator, dtype=torch.int32)
+    steps = torch.zeros(64, dtype=torch.uint8)
+    if isinstance(form, Trellis):
+        loaded = split_integers(codes_OI) | {"steps": steps}
+        form = Trellis(form.stream, form.exponent, states=1)
+    else:
+        loaded = {"codes": codes_OI, "steps": column_steps(steps, form.exponent)}
+    x = torch.randn(12, 64, generator=generator).half()
+    y = form.forward(loaded, x, Shape(24, 64))
+    expected = x.float() @ form.dense(loaded, Shape(24, 64)).T
+    assert y.dtype == torch.float16
+    assert (y.float() - expected).norm() <= 1e-2 * expected.norm()
