@@ -10,12 +10,13 @@ import torch
 
 from lrsd.checkpoint.manifest import Manifest, holds_manifest, read_manifest
 from lrsd.checkpoint.writer import publish, require_free, require_place
-from lrsd.errors import InputError, LrsdError
+from lrsd.errors import InputError, LrsdError, StorageError
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.steps.embeddings import fit_embeddings
 from lrsd.steps.fit import fit_blocks
 from lrsd.steps.prepare import Clock, Prepared, prepare
+from lrsd.steps.proof import require_usable
 from lrsd.steps.source import SourceModel, load_source
 from lrsd.steps.write import (
     Compressed,
@@ -27,6 +28,8 @@ from lrsd.steps.write import (
 from lrsd.work.journal import Journal, difference, partial_directory
 from lrsd.work.process import Process
 
+# What another try may not run into: the user or the system ended the run, or there was no room for it.
+_PASSING = (KeyboardInterrupt, SystemExit, StorageError, MemoryError, OSError, torch.OutOfMemoryError)
 # The journal's last step; where the checkpoint is written to.
 WRITTEN, _CHECKPOINT = "written", "checkpoint"
 
@@ -77,8 +80,10 @@ def compress(
                     loaded.loaded.model, loaded.embeddings, recipe.method, prepared.plan, journal
                 )
             done = Compressed(loaded, recipe, prepared.observation, prepared.plan, fitted, prepared.resources)
-            written = journal.directory / _CHECKPOINT
+            written = _written(journal, output)
             write_result(done, written, clock.with_steps(journal))
+            if (note := require_usable(loaded, prepared.samples, written)) is not None:
+                progress.note(note)
             journal.finish(WRITTEN)
         return move_into_place(journal, output)
 
@@ -118,18 +123,28 @@ def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
         if journal.begun:
             if (isinstance(error, LrsdError) and error.final) or not journal.worth_keeping:
                 journal.remove()
-            elif not isinstance(error, InputError):  # which says itself what to do
+            elif isinstance(error, _PASSING):
                 error.add_note(
                     f"finished work is kept in {journal.directory}; the same command with --resume goes on"
+                )
+            elif not isinstance(error, LrsdError):  # which says itself what to do
+                error.add_note(
+                    "the same command would end like this again; finished work is kept in "
+                    f"{journal.directory}, for a release of lrsd that can go on with it"
                 )
         raise
     finally:
         journal.close()
 
 
+def _written(journal: Journal, output: Path) -> Path:
+    """Where the result is written before it is moved to `output`."""
+    return journal.directory / (_CHECKPOINT + output.suffix * (output.suffix == ".gguf"))
+
+
 def move_into_place(journal: Journal, output: Path) -> Manifest:
     """A written checkpoint appears under its name, and the journal goes."""
-    if (written := journal.directory / _CHECKPOINT).exists():
+    if (written := _written(journal, output)).exists():
         publish(written, output)
     manifest = read_manifest(output)
     journal.remove()

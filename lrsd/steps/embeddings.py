@@ -80,14 +80,20 @@ def observe_embeddings(
 def fit_embeddings(
     model: Model, names: tuple[str, ...], method: Method, plan: Plan, workspace: Workspace
 ) -> dict[str, Fitted]:
-    """Every matrix at its planned offer."""
+    """Every matrix at its planned offer, put into the model."""
     if not names:
         return {}
     if FIT_STEP not in workspace:
         grams = workspace.read(OBSERVE_STEP, ObservedEmbeddings).grams
         fitted = {name: _fit(model, name, grams[name], method, plan) for name in names}
         workspace.finish(FIT_STEP, FittedBlock(fitted))
-    return workspace.read(FIT_STEP, FittedBlock).layers
+    fitted = workspace.read(FIT_STEP, FittedBlock).layers
+    for name, layer in fitted.items():
+        if layer.entry is not None:
+            weight = _matrix(model, name)
+            (form,) = parse_layer(name, layer.entry).terms
+            weight.copy_(form.dense(form.load(layer.tensors, Shape(*weight.shape)), Shape(*weight.shape)))
+    return fitted
 
 
 def _observe(replay: Replay, samples: Samples, names: tuple[str, ...], method: Gguf) -> ObservedEmbeddings:

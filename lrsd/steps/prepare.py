@@ -57,6 +57,7 @@ class Prepared:
     """Everything known before the first layer is changed; what `--dry-run` shows."""
 
     source: SourceModel
+    samples: Samples
     replay: Replay
     observation: Observation
     plan: Plan
@@ -115,7 +116,7 @@ def prepare(
         replay, observation, samples, source.budget, source.linear_ratio, recipe, progress, journal
     )
     spent = clock.with_steps(journal)
-    return Prepared(source, replay, observation, plan, resources, seconds, spent)
+    return Prepared(source, samples, replay, observation, plan, resources, seconds, spent)
 
 
 def start_replay(
@@ -146,7 +147,14 @@ def start_replay(
     minutes = left * seconds.total(propagate=may_propagate(recipe)) / 60
     if loaded.ignored:
         progress.note(
-            f"{len(loaded.ignored)} tensors are no part of the model, {loaded.ignored[0]} among them"
+            f"{len(loaded.ignored)} tensors are no part of the model as transformers runs it, and left out, "
+            f"{loaded.ignored[0]} among them"
+        )
+    if loaded.rounded:
+        computed = str(loaded.model.dtype).removeprefix("torch.")
+        progress.note(
+            f"{len(loaded.rounded)} tensors are rounded to {computed} from the type that they are stored in, "
+            f"{loaded.rounded[0]} among them; --dtype chooses another one"
         )
     progress.note(
         f"needs about {needs.memory / 1e9:.2f} GB of memory, {needs.disk / 1e9:.2f} GB of disk, "

@@ -11,6 +11,7 @@ import torch
 
 from lrsd.checkpoint.card import model_card
 from lrsd.checkpoint.manifest import (
+    BASE_CARD_NAME,
     CARD_NAME,
     GGUF_MANIFEST,
     GGUF_TENSORS,
@@ -31,10 +32,11 @@ from lrsd.export.gguf import new_tensors, write_gguf
 from lrsd.forms.base import Shape
 from lrsd.forms.ggml import BLOCK_TYPES, Ggml
 from lrsd.forms.layer import Layer, parse_layer
+from lrsd.intake.companions import WEIGHTS, copy_companions
 from lrsd.methods.base import State
 from lrsd.model.embedding import embedding_names, pack_embeddings
 from lrsd.model.experts import fusions
-from lrsd.model.load import copy_processor, resolve_device
+from lrsd.model.load import resolve_device
 from lrsd.model.slots import weight_slot
 from lrsd.recipe import Recipe
 from lrsd.runtimes.transformers import mark_packed
@@ -93,7 +95,8 @@ def write_checkpoint(done: Compressed, directory: Path, seconds: dict[str, float
         write_model(loaded.model, directory, recipe.run.shard_size)
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(directory)
-        copy_processor(loaded.source, directory)
+        if loaded.directory is not None:
+            copy_companions(loaded.directory, directory, renamed={CARD_NAME: BASE_CARD_NAME})
         write_json(directory / RECIPE_NAME, recipe.to_dict())
         files = digests(directory)
     manifest = _manifest(done, seconds, stored_bytes(directory), files)
@@ -146,7 +149,7 @@ def _manifest(done: Compressed, seconds: dict[str, float], nbytes: int, files: d
     added = sum(layer.choice.nbytes for layer in done.fitted.values())
     total = sum(shape.dense_bytes for shape in shapes.values())
     return Manifest(
-        base_model=Path(loaded.source).name,
+        base_model=model_name(loaded.source),
         base_fingerprint=done.source.fingerprint,
         base_stored_as=loaded.stored_as,
         lrsd_version=version("lrsd"),
@@ -174,12 +177,24 @@ def _manifest(done: Compressed, seconds: dict[str, float], nbytes: int, files: d
     )
 
 
+def model_name(source: str) -> str:
+    """What people call a model: its hub id, in the hub's cache too, or the name of its directory or file."""
+    path = Path(source)
+    if not path.exists():
+        return source
+    found = path.resolve() if path.is_dir() else path
+    if found.parent.name == "snapshots":
+        return found.parents[1].name.removeprefix("models--").replace("--", "/")
+    return found.name
+
+
 def require_suits(output: Path, format_: str) -> None:
     """Raises: InputError for an output whose name says something else than the format."""
     if (format_ == "gguf") != (output.suffix == ".gguf"):
+        whole = output.stem if output.suffix in WEIGHTS else output.name
         raise InputError(
             f"--format {format_} writes {'one file, name it' if format_ == 'gguf' else 'a directory, not'} "
-            f"{output.with_suffix('.gguf').name}"
+            f"{whole}.gguf"
         )
 
 
@@ -248,6 +263,11 @@ def _macs(layer: Fitted, shape: Shape) -> int:
     return shape.dense_bytes // 2 if layer.entry is None else parse_layer("", layer.entry).macs(shape)
 
 
+def _device_name(device: torch.device) -> str:
+    """The kind of device and its model: which one of several alike it is changes nothing."""
+    return f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+
+
 def environment(recipe: Recipe) -> dict[str, str]:
     """What a result may depend on besides its recipe: the same in all of this is the same to the byte."""
     packages = ("lrsd", "torch", "transformers", "safetensors", "tokenizers")
@@ -255,6 +275,6 @@ def environment(recipe: Recipe) -> dict[str, str]:
         "python": platform.python_version(),
         **{name: version(name) for name in packages},
         "machine": f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}",
-        "device": str(resolve_device(recipe.run.device)),
+        "device": _device_name(resolve_device(recipe.run.device)),
         "threads": str(torch.get_num_threads()),
     }
