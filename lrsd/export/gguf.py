@@ -52,11 +52,15 @@ def write_gguf(reader: Any, target: Path, tensors: Sequence[NewTensor], texts: M
     with refusals(target):
         writer = GGUFWriter(target, architecture)
         for name, field in fields.items():
-            own = (Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION)
-            if name not in own and not name.startswith(GGUF_PREFIX):
+            own = (Keys.General.FILE_TYPE, Keys.General.QUANTIZATION_VERSION, Keys.General.ALIGNMENT)
+            # The writer knows no empty list, which says as much as none.
+            empty = field.types == [GGUFValueType.ARRAY]
+            if name not in own and not name.startswith(GGUF_PREFIX) and not empty:
                 kind = field.types[0]
                 sub_type = field.types[-1] if kind == GGUFValueType.ARRAY else None
                 writer.add_key_value(name, field.contents(), kind, sub_type=sub_type)
+        if Keys.General.ALIGNMENT in fields:
+            writer.add_custom_alignment(fields[Keys.General.ALIGNMENT].contents())
         writer.add_file_type(_file_type(tensors))
         writer.add_quantization_version(_QUANTIZATION_VERSION)
         for name, text in texts.items():

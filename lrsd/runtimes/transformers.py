@@ -10,7 +10,11 @@ import torch
 from safetensors import safe_open
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.quantizers.auto import register_quantization_config, register_quantizer
+from transformers.quantizers.auto import (
+    AUTO_QUANTIZATION_CONFIG_MAPPING,
+    register_quantization_config,
+    register_quantizer,
+)
 from transformers.quantizers.base import HfQuantizer
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
@@ -22,12 +26,16 @@ from lrsd.model.embedding import embedding_names, insert_embeddings, restore_emb
 from lrsd.model.experts import fuse_experts, fusions, unfuse_experts
 from lrsd.model.slots import dense_linear, weight_slot
 from lrsd.numerics.compiled import in_threads
+from lrsd.work.process import release_freed
 
 # What safetensors calls the types of packed tensors; values may be of any floating-point type.
 _STORED_AS = {
     torch.uint8: {"U8"}, torch.int8: {"I8"}, torch.int16: {"I16"}, torch.int32: {"I32"}, torch.int64: {"I64"},
 }  # fmt: skip
 _FLOATS = {"F64", "F32", "F16", "BF16"}
+
+
+AUTO_QUANTIZATION_CONFIG_MAPPING.pop("lrsd", None)  # what `lrsd_cli.autoload` put there
 
 
 @register_quantization_config("lrsd")
@@ -62,33 +70,38 @@ class LrsdQuantizer(HfQuantizer):
         config = self.quantization_config
         if config.experts:
             unfuse_experts(model)
-        if config.experts != fusions(model):
+        names = names_in(model, [*config.layers, *config.embeddings, *config.experts])
+        experts = {names[name]: fusion for name, fusion in config.experts.items() if name in names}
+        if experts != fusions(model):
             raise CheckpointError(
-                f"config.json has experts in {sorted(config.experts)}, {type(model).__name__} in "
+                f"config.json has experts in {sorted(experts)}, {type(model).__name__} in "
                 f"{sorted(fusions(model))}"
             )
-        insert_packed(model, config.packing().layers)
-        if not set(config.embeddings) <= set(embedding_names(model)):
+        layers = config.packing().layers
+        insert_packed(model, {names[name]: layer for name, layer in layers.items() if name in names})
+        embeddings = [names[name] for name in config.embeddings if name in names]
+        if not set(embeddings) <= set(embedding_names(model)):
             raise CheckpointError(
-                f"config.json has embeddings {config.embeddings} in 8 bit; {type(model).__name__} can have "
+                f"config.json has embeddings {embeddings} in 8 bit; {type(model).__name__} can have "
                 f"{list(embedding_names(model))}"
             )
-        insert_embeddings(model, config.embeddings)
+        insert_embeddings(model, embeddings)
         if checkpoint_files:
-            _require_tensors(model, [*config.layers, *config.embeddings], checkpoint_files)
+            packed = {name: own for name, own in names.items() if name not in config.experts}
+            _require_tensors(model, packed, checkpoint_files)
         return model
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> PreTrainedModel:
-        layers = {name: model.get_submodule(name) for name in self.quantization_config.layers}
+        layers = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
 
         def decode(name: str) -> None:
             packed = layers[name]
-            assert isinstance(packed, PackedLinear)
             packed.check(name)
             if not any(parameter.is_meta for parameter in packed.parameters()):  # offloaded
                 packed.release_encoded()
 
         in_threads(decode, layers)
+        release_freed()  # what decoding took, several times the model's size
         return model
 
     def update_weight_conversions(
@@ -98,11 +111,12 @@ class LrsdQuantizer(HfQuantizer):
         return []
 
     def _dequantize(self, model: PreTrainedModel, dtype: torch.dtype | None = None) -> PreTrainedModel:
-        for name in self.quantization_config.layers:
-            packed = model.get_submodule(name)
-            assert isinstance(packed, PackedLinear)
-            model.set_submodule(name, dense_linear(packed, dtype or packed.weight.dtype))
-        restore_embeddings(model, self.quantization_config.embeddings, dtype)
+        for name, packed in list(model.named_modules()):
+            if isinstance(packed, PackedLinear):
+                model.set_submodule(name, dense_linear(packed, dtype or packed.weight.dtype))
+        embeddings = self.quantization_config.embeddings
+        names = names_in(model, embeddings)
+        restore_embeddings(model, [names[name] for name in embeddings if name in names], dtype)
         fuse_experts(model)
         return model
 
@@ -116,6 +130,22 @@ class LrsdQuantizer(HfQuantizer):
     @property
     def is_compileable(self) -> bool:
         return True
+
+
+def names_in(model: PreTrainedModel, names: Iterable[str]) -> dict[str, str]:
+    """The modules of a checkpoint and what they are called in this model, which may be the bare one of the
+    model with a head that was compressed, or the other way round. A head's are none of the bare one's."""
+    names, prefix = list(names), f"{model.base_model_prefix}."
+    modules = {name for name, _ in model.named_modules()}
+    bare, headed = model.base_model is model, any(name.startswith(prefix) for name in names)
+    found = {}
+    for name in names:
+        other = name.removeprefix(prefix) if bare else f"{prefix}{name}"
+        if name not in modules and other in modules:
+            found[name] = other
+        elif name in modules or name.startswith(prefix) or not (bare and headed):
+            found[name] = name
+    return found
 
 
 def insert_packed(model: PreTrainedModel, layers: Mapping[str, Layer]) -> None:
@@ -154,11 +184,12 @@ def mark_packed(
         setattr(model, name, value)
 
 
-def _require_tensors(model: nn.Module, layers: Iterable[str], checkpoint_files: list[str]) -> None:
+def _require_tensors(model: nn.Module, names: Mapping[str, str], checkpoint_files: list[str]) -> None:
     """transformers only warns of a missing tensor and runs on whatever memory held; one of another shape or
     type it replaces or casts.
 
-    Raises: CheckpointError.
+    names: of packed modules in the checkpoint, or what a model saved them as that was loaded without its
+    head, and in the model. Raises: CheckpointError.
     """
     stored: dict[str, tuple[list[int], str]] = {}
     for file in checkpoint_files:
@@ -166,11 +197,12 @@ def _require_tensors(model: nn.Module, layers: Iterable[str], checkpoint_files: 
             for key in shard.keys():  # noqa: SIM118 - safe_open is no mapping
                 part = shard.get_slice(key)
                 stored[key] = part.get_shape(), part.get_dtype()
-    wanted = {
-        f"{name}.{key}": tensor
-        for name in layers
-        for key, tensor in model.get_submodule(name).state_dict().items()
-    }
+    prefix = f"{getattr(model, 'base_model_prefix', '')}."
+    wanted = {}
+    for name, own in names.items():
+        for key, tensor in model.get_submodule(own).state_dict().items():
+            places = (f"{place}.{key}" for place in (name, own, name.removeprefix(prefix)))
+            wanted[next((place for place in places if place in stored), f"{name}.{key}")] = tensor
     if missing := sorted(set(wanted) - set(stored)):
         raise CheckpointError(
             f"the checkpoint lacks {len(missing)} of the packed tensors, {missing[0]} among them; "

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from gguf import GGUFReader
+from gguf import GGUFReader, GGUFWriter
 from gguf_files import write_llama
 from lrsd_cli.main import commands
 from torch import Tensor
@@ -275,3 +275,34 @@ def test_a_source_that_is_cut_off_is_one_line(base: Path, text_file: Path, tmp_p
             compress(str(tmp_path / source), tmp_path / "out.gguf", recipe(text_file, ratio=4))
         assert "\n" not in str(caught.value)
     assert [path.name for path in tmp_path.iterdir()] == ["cut.gguf"]
+
+
+def test_fields_that_say_how_the_file_is_read_are_heeded(
+    tiny_llama, tokenizer, text_file: Path, tmp_path: Path
+) -> None:
+    """An alignment of its own, by which readers find tensors; and an empty list, which no writer knows."""
+
+    def more(writer: GGUFWriter) -> None:
+        writer.add_custom_alignment(256)
+        writer.add_array("general.tags", ["one"])
+        writer.add_array("x.empty", [7])
+
+    source = write_llama(tmp_path / "base.gguf", tiny_llama(hidden_size=64), tokenizer, np.float16, more)
+    content = source.read_bytes()
+    # The length of the list of one number, and the number.
+    place = content.index(b"x.empty") + len(b"x.empty") + 8
+    length, number = (1).to_bytes(8, "little"), (7).to_bytes(4, "little")
+    assert content[place : place + 12] == length + number
+    data = GGUFReader(source).data_offset
+    emptied = content[:place] + bytes(8) + content[place + 12 : data]
+    source.write_bytes(emptied.ljust(data, b"\0") + content[data:])
+    assert GGUFReader(source).fields["x.empty"].contents() == []
+
+    made = tmp_path / "made.gguf"
+    compress(str(source), made, recipe(text_file, ratio=2))
+    reader = GGUFReader(made)
+    assert reader.alignment == 256
+    assert all(tensor.data_offset % 256 == 0 for tensor in reader.tensors)
+    assert reader.fields["general.tags"].contents() == ["one"]
+    assert "x.empty" not in reader.fields
+    assert weights(made).keys() == weights(source).keys()

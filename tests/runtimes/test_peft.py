@@ -62,3 +62,18 @@ def test_an_adapter_learns_and_goes_with_the_packed_and_the_exported_model(
     plain = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
     found = logits(PeftModel.from_pretrained(plain, tmp_path / "adapter"))
     assert float((found - expected).square().mean().sqrt()) < 0.05 * float(expected.std())
+
+
+def test_all_linear_means_packed_layers_too(tiny_model_dir: Path, text_file: Path, tmp_path: Path) -> None:
+    recipe = Recipe.of(ratio=4, calib=str(text_file), samples=8, seqlen=32, exclude=("*.0.mlp.*",))
+    compress(str(tiny_model_dir), tmp_path / "small", recipe)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "small")
+    config = LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"give the model too: on_packed\(config, model\)"):
+        on_packed(config)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        adapted = get_peft_model(model, on_packed(config, model))
+    layers = {name for name, _ in adapted.named_modules() if name.endswith(".lora_A.default")}
+    assert len(layers) == 2 * 7
+    assert not any("lm_head" in name for name in layers)
