@@ -10,6 +10,7 @@ _EVAL_EXAMPLES = """
 Examples:
   lrsd eval out --ppl wikitext
   lrsd eval out --ppl wiki.test.txt --seqlen 1024 --windows 12 --kl ./my-model
+  lrsd eval out --ppl wiki.test.txt --kl ./my-model --fail-above 0.05
   lrsd eval out --speed --json
 """
 _INSPECT_EXAMPLES = """
@@ -32,7 +33,7 @@ Examples:
     "--ppl",
     multiple=True,
     metavar="TEXT",
-    help="Perplexity on wikitext, a text file or a hub data set; repeatable. Default: wikitext.",
+    help="Perplexity on wikitext, a file as of --calib, or a hub data set; repeatable. Default: wikitext.",
 )
 @click.option(
     "--seqlen",
@@ -45,6 +46,12 @@ Examples:
 )
 @click.option(
     "--kl", metavar="DENSE", help="Mean KL from this dense model and top-1 agreement, on the same windows."
+)
+@click.option(
+    "--fail-above",
+    type=click.FloatRange(0),
+    metavar="KL",
+    help="Exit code 1 if a text's KL is above that: a gate for batch jobs; needs --kl.",
 )
 @click.option(
     "--accuracy",
@@ -67,6 +74,7 @@ def evaluate(
     seqlen: int | None,
     windows: int | None,
     kl: str | None,
+    fail_above: float | None,
     accuracy: str | None,
     speed: bool,
     dtype: str,
@@ -74,9 +82,12 @@ def evaluate(
     as_json: bool,
 ) -> None:
     """Measure MODEL, compressed or dense: perplexity, divergence from the dense model, speed."""
+    if fail_above is not None and kl is None:
+        raise click.UsageError("--fail-above needs --kl DENSE")
     from lrsd_cli.process import own_process
     from lrsd_cli.progress import make_progress
 
+    from lrsd.errors import QualityError
     from lrsd.evaluate import evaluate as run
     from lrsd.report import evaluation_lines
 
@@ -87,6 +98,9 @@ def evaluate(
             dtype=dtype, device=device, progress=make_progress(),
         )  # fmt: skip
     click.echo(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(evaluation_lines(result)))
+    for found in result.divergence:
+        if fail_above is not None and found.kl > fail_above:
+            raise QualityError(f"KL {found.kl:.4g} on {found.text} is above {fail_above:g} (--fail-above)")
 
 
 @click.command(epilog=_INSPECT_EXAMPLES)

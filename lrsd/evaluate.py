@@ -8,16 +8,34 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lrsd.data.sources import Content, read_content, read_labelled, read_pairs, read_text
+from lrsd.data.sources import (
+    Content,
+    Document,
+    join_documents,
+    read_content,
+    read_documents,
+    read_labelled,
+    read_pairs,
+)
 from lrsd.data.tokens import evaluation_items, require_context
 from lrsd.errors import InputError, NumericsError
 from lrsd.model.cache import cached_pass
 from lrsd.model.kinds.base import EvaluationItem
 from lrsd.model.load import LoadedModel, load_model
-from lrsd.model.samples import Samples, distance, is_categorical, logits_of, run_model, try_running
+from lrsd.model.samples import (
+    Samples,
+    distance,
+    is_categorical,
+    logits_of,
+    outputs_of,
+    run_model,
+    try_running,
+)
 from lrsd.model.types import Model
+from lrsd.numerics.divergence import rows_at_once
 from lrsd.progress import Progress
 
 # Window of the published WikiText-2 perplexities.
@@ -108,10 +126,10 @@ def evaluate(
     if dense is not None and not texts:
         raise InputError("--kl needs a text: add --ppl wikitext or --ppl FILE")
     # Texts first: a wrong name should not cost the loading of a model.
-    contents = {
-        text: read_text(text, split="test", option="--ppl")
+    documents = {
+        text: read_documents(text, split="test", option="--ppl")
         for text in texts
-        if not _holds_tensors(text) and not read_pairs(text)
+        if not _holds_tensors(text) and not read_pairs(text, "--ppl")
     }
     loaded = load_model(source, dtype=dtype, device=device)
     kind = loaded.kind
@@ -129,15 +147,13 @@ def evaluate(
     scores: list[Perplexity] = []
     distances: list[Divergence] = []
     for text in dict.fromkeys(texts):
-        items = evaluation_items(loaded, _opened(loaded, text, contents), length, windows)
-        if predicts:
-            progress.stage(f"perplexity {text}", len(items))
-            scores.append(perplexity(loaded, items, text, lambda: progress.step("")))
-        if reference is not None:
-            progress.stage(f"divergence {text}", len(items))
-            distances.append(
-                divergence(loaded.model, reference.model, items, text, lambda: progress.step(""))
-            )
+        items = evaluation_items(loaded, _opened(loaded, text, documents), length, windows)
+        if not predicts and reference is None:
+            continue
+        progress.stage(f"evaluate on {text}", len(items))
+        score, found = measure(loaded, items, text, reference, lambda: progress.step(""))
+        scores += [score] if score is not None else []
+        distances += [found] if found is not None else []
     return EvalResult(
         model=source,
         perplexity=tuple(scores),
@@ -151,80 +167,85 @@ def _holds_tensors(text: str) -> bool:
     return Path(text).suffix == ".safetensors"
 
 
-def _opened(loaded: LoadedModel, text: str, contents: Mapping[str, Content]) -> Content:
-    """contents: what has been read already.
+def _opened(loaded: LoadedModel, text: str, documents: Mapping[str, Sequence[Document]]) -> Content:
+    """documents: what has been read already.
 
     Raises: InputError for a format that this kind of model does not read.
     """
     kind = loaded.kind
     if _holds_tensors(text) != bool(kind.tensors):
         raise InputError(f"{type(loaded.model).__name__} reads {kind.reads}; give that with --ppl")
-    return contents[text] if text in contents else read_content(text, kind, split="test", option="--ppl")
+    if text in documents:
+        return join_documents(documents[text], loaded.tokenizer)
+    return read_content(text, kind, split="test", option="--ppl", tokenizer=loaded.tokenizer)
 
 
 @torch.inference_mode()
-def perplexity(
-    loaded: LoadedModel, items: Sequence[EvaluationItem], text: str, step: Callable[[], None] = lambda: None
-) -> Perplexity:
-    """Token perplexity: exp of the mean negative log-likelihood of the items' labels.
-
-    Raises: NumericsError if any window's likelihood is not finite.
-    """
-    protocol = loaded.kind.perplexity_protocol
-    assert protocol is not None, "it predicts no tokens"
-    total, scored = 0.0, 0
-    for index, item in enumerate(items):
-        logits = logits_of(run_model(loaded.model, item.samples))[item.rows.to(loaded.model.device)]
-        loss = float(cross_entropy(logits, item.labels.to(logits.device), reduction="sum").double())
-        if not math.isfinite(loss):
-            raise NumericsError(
-                f"the model gives non-finite likelihoods in window {index + 1} of {len(items)}"
-            )
-        total += loss
-        scored += len(item.labels)
-        step()
-    return Perplexity(
-        perplexity=math.exp(total / scored),
-        text=text,
-        windows=len(items),
-        seqlen=items[0].samples.positions,
-        scored_tokens=scored,
-        protocol=protocol,
-    )
-
-
-@torch.inference_mode()
-def divergence(
-    model: Model,
-    dense: Model,
+def measure(
+    loaded: LoadedModel,
     items: Sequence[EvaluationItem],
     text: str,
+    reference: LoadedModel | None = None,
     step: Callable[[], None] = lambda: None,
-) -> Divergence:
-    """KL and top-1 agreement with the dense model, over every row of its logits.
+) -> tuple[Perplexity | None, Divergence | None]:
+    """Perplexity of a model that predicts tokens, exp of the mean negative log-likelihood of its labels; and
+    KL and top-1 agreement with the dense model, over every row of its logits. One pass of each model.
 
-    Raises: InputError for different vocabularies.
+    Raises: InputError for different vocabularies, NumericsError for output that is not finite.
     """
-    total, agreeing, rows = 0.0, 0, 0
-    for item in items:
-        found, reference = (logits_of(run_model(m, item.samples)) for m in (model, dense))
-        if found.shape != reference.shape:
-            raise InputError(
-                f"the models have vocabularies of {found.shape[-1]} and {reference.shape[-1]} tokens; "
-                "--kl needs the model that was compressed"
-            )
-        total += distance(dense, reference, found) * len(reference)
-        agreeing += int((found.argmax(-1) == reference.argmax(-1)).sum())
-        rows += len(reference)
+    model, protocol = loaded.model, loaded.kind.perplexity_protocol
+    loss = distance_sum = 0.0
+    scored = agreeing = compared = 0
+    for index, item in enumerate(items):
+        found = outputs_of(run_model(model, item.samples))
+        if protocol is not None:
+            loss += _loss(found, item)
+            scored += len(item.labels)
+            if not math.isfinite(loss):
+                raise NumericsError(
+                    f"the model gives non-finite likelihoods in window {index + 1} of {len(items)}"
+                )
+        if reference is not None:
+            dense = outputs_of(run_model(reference.model, item.samples))
+            if found.shape != dense.shape:
+                raise InputError(
+                    f"the models have vocabularies of {found.shape[-1]} and {dense.shape[-1]} tokens; "
+                    "--kl needs the model that was compressed"
+                )
+            distance_sum += distance(reference.model, dense, found) * len(dense)
+            agreeing += int((found.argmax(-1) == dense.argmax(-1)).sum())
+            compared += len(dense)
         step()
-    if not math.isfinite(total):
+    if not math.isfinite(distance_sum):
         raise NumericsError("the divergence is not finite: one of the models gives non-finite logits")
-    return Divergence(
-        kl=total / rows,
-        measure="KL, nats" if is_categorical(dense, reference) else "half the relative squared error",
-        top1_agreement=agreeing / rows,
-        scored_tokens=rows,
-        text=text,
+    score = divergence = None
+    if protocol is not None:
+        score = Perplexity(
+            perplexity=math.exp(loss / scored),
+            text=text,
+            windows=len(items),
+            seqlen=items[0].samples.positions,
+            scored_tokens=scored,
+            protocol=protocol,
+        )
+    if reference is not None:
+        categorical = is_categorical(reference.model, dense)
+        divergence = Divergence(
+            kl=distance_sum / compared,
+            measure="KL, nats" if categorical else "half the relative squared error",
+            top1_agreement=agreeing / compared,
+            scored_tokens=compared,
+            text=text,
+        )
+    return score, divergence
+
+
+def _loss(logits: Tensor, item: EvaluationItem) -> float:
+    """Negative log-likelihood of an item's labels, a few rows at a time."""
+    rows, labels = (part.to(logits.device).split(rows_at_once(logits)) for part in (item.rows, item.labels))
+    return sum(
+        float(cross_entropy(logits[some].float(), right, reduction="sum").double())
+        for some, right in zip(rows, labels, strict=True)
     )
 
 
@@ -241,12 +262,11 @@ def classify(loaded: LoadedModel, source: str) -> Accuracy:
         raise InputError(f"--accuracy needs a classifier, {type(loaded.model).__name__} is none")
     right = 0
     rows = read_labelled(source)
-    for number, (text, label) in enumerate(rows, 1):
+    for text, label, place in rows:
         wanted = int(label) if label.isdecimal() else names.get(label)
         if wanted is None or wanted >= classes:
             raise InputError(
-                f"--accuracy: row {number} of {source}: label {label!r} is none of {', '.join(names)} or of "
-                f"0 to {classes - 1}"
+                f"--accuracy: {place}: label {label!r} is none of {', '.join(names)} or of 0 to {classes - 1}"
             )
         tokenizer = loaded.require_tokenizer()
         ids = tokenizer(text, truncation=True, max_length=loaded.context_length).input_ids

@@ -32,7 +32,7 @@ from lrsd.compress import compress
 from lrsd.data.sources import read_text, text_identity
 from lrsd.data.tokens import calibration_samples, evaluation_items
 from lrsd.errors import BudgetError
-from lrsd.evaluate import divergence, perplexity
+from lrsd.evaluate import measure
 from lrsd.forms.base import VALUE_BYTES
 from lrsd.model.kinds.base import EvaluationItem
 from lrsd.model.layout import Layout, find_layout
@@ -209,9 +209,11 @@ class Bench:
         row: dict[str, float] = {}
         loaded = replace(self.dense, model=model)
         for index, (text, items) in enumerate(self.items.items()):
-            scores = {"perplexity": perplexity(loaded, items, "eval").perplexity, "KL": 0.0, "top-1": 1.0}
-            if model is not self.dense.model:
-                found = divergence(model, self.dense.model, items, "eval")
+            dense = self.dense if model is not self.dense.model else None
+            score, found = measure(loaded, items, "eval", dense)
+            assert score is not None
+            scores = {"perplexity": score.perplexity, "KL": 0.0, "top-1": 1.0}
+            if found is not None:
                 scores |= {"KL": found.kl, "top-1": found.top1_agreement}
             row |= {column(key, text if index else ""): score for key, score in scores.items()}
         return row

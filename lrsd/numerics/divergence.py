@@ -15,12 +15,13 @@ def mean_divergence(reference_NC: Tensor, found_NC: Tensor, *, categorical: bool
     classes: hidden states, a single number. It is what KL comes to for a small change of an output that has
     Gaussian noise.
 
-    Args: reference_NC, found_NC: (rows, classes) float32; categorical: whether the rows are logits of several
-        classes.
+    Args: reference_NC, found_NC: (rows, classes), of which a few rows at a time become float32; categorical:
+        whether the rows are logits of several classes.
     """
     total = 0.0
-    rows = max(1, DISTANCE_VALUES // reference_NC.shape[-1])
-    for reference, found in zip(reference_NC.split(rows), found_NC.split(rows), strict=True):
+    rows = rows_at_once(reference_NC)
+    for references, founds in zip(reference_NC.split(rows), found_NC.split(rows), strict=True):
+        reference, found = references.float(), founds.float()
         if categorical:
             first, second = log_softmax(found, -1), log_softmax(reference, -1)
             part = kl_div(first, second, reduction="sum", log_target=True)
@@ -29,3 +30,8 @@ def mean_divergence(reference_NC: Tensor, found_NC: Tensor, *, categorical: bool
             part = ((found - reference).square().sum(-1) / norms).sum() / 2
         total += float(part)
     return max(total, 0.0) / len(reference_NC)
+
+
+def rows_at_once(logits_NC: Tensor) -> int:
+    """Rows of logits that are worked on at once: a large vocabulary takes no more memory than a small one."""
+    return max(1, DISTANCE_VALUES // logits_NC.shape[-1])
