@@ -69,16 +69,19 @@ def compress(
     from dataclasses import asdict
 
     from lrsd_cli.process import own_process
-    from lrsd_cli.progress import make_progress
+    from lrsd_cli.progress import LineProgress, log_header, make_progress
 
     from lrsd.compress import compress as run
     from lrsd.compress import dry_run as plan_only
+    from lrsd.model.load import resolve_device
     from lrsd.recipe import Recipe
     from lrsd.report import plan_table, summary_lines
     from lrsd.settings import parse_size
 
     asked = Recipe.of(**given_options(click.get_current_context(), options))
     progress = make_progress()
+    if isinstance(progress, LineProgress):
+        progress.note(log_header(asked.run.device, resolve_device(asked.run.device)))
     allowed = None if memory is None else parse_size(memory)
     if dry_run:
         with own_process() as process:

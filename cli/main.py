@@ -15,7 +15,12 @@ _COMMANDS = {
     "inspect": ("measure", "inspect", "Show every layer of a compressed directory."),
     "verify": ("measure", "verify", "Compare every file of a compressed directory with its digest."),
     "export": ("export", "export", "Write a compressed directory in a format that other programs read."),
+    "run": ("run", "run", "Run another Python program, in which compressed checkpoints load."),
 }
+
+
+# Exit codes by signal; of SIGUSR1, by which batch systems warn of limits, that of what may succeed later.
+_STOPPING: dict[int, int] = {signal.SIGTERM: 128 + signal.SIGTERM, signal.SIGUSR1: 75}
 
 
 class LazyGroup(click.Group):
@@ -38,7 +43,8 @@ class LazyGroup(click.Group):
 
 def main() -> None:
     """Entry point. Every expected failure ends as one line on stderr and an exit code."""
-    signal.signal(signal.SIGTERM, _terminated)
+    for number in _STOPPING:
+        signal.signal(number, _terminated)
     try:
         code = commands.main(prog_name="lrsd", standalone_mode=False)
     except click.exceptions.Abort as abort:
@@ -88,7 +94,7 @@ def _report(error: Exception) -> int:
 def _terminated(number: int, frame: FrameType | None) -> None:
     """Says nothing itself: the signal may have come in the middle of a line to stderr, and Python's
     streams refuse a second writer."""
-    raise SystemExit(128 + number)
+    raise SystemExit(_STOPPING[number])
 
 
 @click.command(

@@ -1,8 +1,12 @@
 """Progress on stderr: bars on a terminal, plain lines in a log."""
 
+import platform
+import shlex
 import sys
 import time
+from importlib.metadata import version
 
+import torch
 from tqdm import tqdm
 
 from lrsd.progress import Progress
@@ -13,6 +17,19 @@ _LINE_EVERY = 10.0
 
 def make_progress() -> Progress:
     return BarProgress() if sys.stderr.isatty() else LineProgress()
+
+
+def log_header(asked: str, device: torch.device) -> str:
+    """What a reader of a log wants to know: when and where this ran, on what, and the command.
+
+    asked: the device as it was asked for.
+    """
+    found = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    found = found or "auto found no accelerator" * (asked == "auto" and device.type == "cpu")
+    versions = f"lrsd {version('lrsd')}, torch {torch.__version__}"
+    place = f"{device}{f' ({found})' * bool(found)}, {torch.get_num_threads()} threads"
+    command = shlex.join(["lrsd", *sys.argv[1:]])
+    return f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {platform.node()}: {versions}, {place}: {command}"
 
 
 class BarProgress(Progress):

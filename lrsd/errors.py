@@ -4,6 +4,9 @@ Every error a user can cause is an `LrsdError`; the command line prints its text
 exits with `exit_code`. Anything else that escapes is a bug of ours and keeps its traceback.
 """
 
+# Exit code of what may succeed later, as sysexits.h has it (EX_TEMPFAIL): batch systems may queue it again.
+TRY_AGAIN = 75
+
 
 class LrsdError(Exception):
     """An expected failure. The message says what was expected, what came, and what to try."""
@@ -15,6 +18,12 @@ class LrsdError(Exception):
 
 class InputError(LrsdError):
     """A model, text or directory given by the user cannot be used as it is."""
+
+
+class LaterError(InputError):
+    """The same command may succeed later: another process is at work, or the hub does not answer."""
+
+    exit_code = TRY_AGAIN
 
 
 class SettingsError(LrsdError, ValueError):
@@ -37,6 +46,10 @@ class NumericsError(LrsdError):
     """A tensor holds values no solver can work with (NaN, infinity)."""
 
     final = True
+
+
+class QualityError(LrsdError):
+    """A model is further from the dense one than it may be."""
 
 
 class SolverError(LrsdError):

@@ -25,8 +25,9 @@ from lrsd.compress import compress
 from lrsd.errors import InputError, LrsdError, StorageError
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
+from lrsd.steps.write import environment
 from lrsd.work import files, journal, streams
-from lrsd.work.journal import JOURNAL, Journal, partial_directory
+from lrsd.work.journal import JOURNAL, Journal, difference, partial_directory
 from lrsd.work.records import read_record
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -543,3 +544,30 @@ def test_work_that_would_end_the_same_is_not_kept(run: Run, partial: Path) -> No
     with pytest.raises(LrsdError, match="ratio"):
         run(settings=Recipe.of(ratio=1000))
     assert not partial.exists()
+
+
+def test_an_error_that_would_come_back_is_not_told_to_resume(
+    run: Run, partial: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*arguments: Any) -> None:
+        raise KeyError("sliding_attention")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("lrsd.compress.write_result", broken)
+        with pytest.raises(KeyError) as error:
+            run()
+    (note,) = error.value.__notes__
+    assert "the same command would end like this again" in note
+    assert "--resume" not in note
+    assert partial.exists()
+
+
+def test_another_graphics_card_of_the_same_model_goes_on_and_another_model_does_not(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    cards = {"cuda:0": "H100", "cuda:1": "H100", "cuda:2": "A100"}
+    monkeypatch.setattr("lrsd.steps.write.resolve_device", torch.device)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: cards[str(device)])
+    first, same, other = (environment(Recipe.of(ratio=4, device=card)) for card in cards)
+    assert first == same
+    assert difference(first, other) is not None

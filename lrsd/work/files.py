@@ -1,5 +1,6 @@
 """Files written atomically: there whole or not at all, and on disk."""
 
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -11,9 +12,11 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lrsd.errors import StorageError
+from lrsd.errors import TRY_AGAIN, StorageError
 
 PARTIAL = ".partial"
+# What the system says of a disk, or a share of one, that is full.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -61,9 +64,10 @@ def refusals(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise StorageError(
-            f"cannot write {path}: {reason}; free some space or choose another disk"
-        ) from error
+        failure = StorageError(f"cannot write {path}: {reason}; free some space or choose another disk")
+        if isinstance(error, OSError) and error.errno in _FULL:
+            failure.exit_code = TRY_AGAIN
+        raise failure from error
 
 
 def sync(path: Path) -> None:

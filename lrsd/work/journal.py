@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 import torch
 
-from lrsd.errors import CheckpointError, InputError, StorageError
+from lrsd.errors import CheckpointError, InputError, LaterError, StorageError
 from lrsd.work.files import refusals, sync
 from lrsd.work.records import read_record, write_record
 from lrsd.work.streams import Stream, StreamOnDisk
@@ -165,7 +165,7 @@ class Journal(Workspace):
             assert self._file is not None
             if os.fstat(self._file.fileno()).st_size > 0:
                 self.close()
-                raise InputError(f"another lrsd began in {self.directory} meanwhile; {_WAIT}")
+                raise LaterError(f"another lrsd began in {self.directory} meanwhile; {_WAIT}")
             self._append(self._claims)
             sync(self.directory)
 
@@ -249,14 +249,14 @@ class Journal(Workspace):
         except OSError as error:
             self.close()
             if error.errno in _HELD:
-                raise InputError(f"another lrsd is at work in {self.directory}; {_WAIT}") from error
+                raise LaterError(f"another lrsd is at work in {self.directory}; {_WAIT}") from error
             raise StorageError(
                 f"{self.directory} cannot be locked ({error.strerror}), so that two processes might write "
                 "into it; choose an output directory on a local disk, or one that is mounted with locks"
             ) from error
         if os.fstat(self._file.fileno()).st_nlink == 0:
             self.close()
-            raise InputError(f"another lrsd has just ended in {self.directory}; repeat the command")
+            raise LaterError(f"another lrsd has just ended in {self.directory}; repeat the command")
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self._file is not None

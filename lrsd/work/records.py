@@ -1,4 +1,7 @@
-"""Frozen dataclasses as one safetensors file: tensors as tensors, all else as JSON in its metadata."""
+"""Frozen dataclasses as one safetensors file: tensors as tensors, all else as JSON in one more of them.
+
+In the file's header, the menus of hundreds of experts would be more than safetensors reads.
+"""
 
 import json
 from collections.abc import Mapping
@@ -9,6 +12,7 @@ from pathlib import Path
 from types import NoneType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
@@ -28,7 +32,8 @@ def write_record(path: Path, record: Any) -> None:
     """
     tensors: dict[str, Tensor] = {}
     content = _encode(record, "", tensors)
-    write_tensors(path, tensors, {_KEY: json.dumps(content)})
+    text = bytearray(json.dumps(content).encode())
+    write_tensors(path, {**tensors, _KEY: torch.frombuffer(text, dtype=torch.uint8)})
 
 
 def read_record(path: Path, kind: type[T]) -> T:
@@ -38,8 +43,8 @@ def read_record(path: Path, kind: type[T]) -> T:
     """
     try:
         with safe_open(path, framework="pt") as file:
-            content = json.loads((file.metadata() or {})[_KEY])
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - no mapping
+        content = json.loads(tensors.pop(_KEY).numpy().tobytes())
         return _decode(kind, content, tensors)
     except (OSError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} holds no {kind.__name__}: {error}") from error
