@@ -17,12 +17,15 @@ from typing import NamedTuple
 
 import pytest
 import torch
+from gguf_files import write_header
 from lrsd_cli.main import main
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, PretrainedConfig
 
 # What a log line of the progress looks like: "observe: 2/2 model.layers.1 (0 s)".
-_PROGRESS = re.compile(r"[\w ./-]+: (\d+ steps|\d+/\d+ .*\(\d+ s\))|needs about .* min")
+_PROGRESS = re.compile(
+    r"[\w ./-]+: (\d+ steps|\d+/\d+ .*\(\d+ s\))|needs about .* min|[-\dT:+]+ .*: lrsd .* threads: lrsd .*"
+)
 # Small enough that a run which should have failed earlier costs little.
 _SMALL = ("--samples", 8, "--seqlen", 32)
 
@@ -122,6 +125,45 @@ def truncated_gguf(place: Place) -> Arguments:
 
 def gguf_of_unknown_architecture(place: Place) -> Arguments:
     return compress(_gguf(place.directory, "nonesuch", keep=1.0), place.text)
+
+
+def a_part_of_a_gguf(place: Place) -> Arguments:
+    fields = {"split.no": 1, "split.count": 3}
+    path = write_header(place.directory / "m-00002-of-00003.gguf", "llama", fields)
+    return compress(path, place.text)
+
+
+def gguf_of(architecture: str, kind: str) -> Case:
+    def case(place: Place) -> Arguments:
+        path = write_header(place.directory / "model.gguf", architecture, {"general.type": kind})
+        return compress(path, place.text)
+
+    return case
+
+
+def a_directory_of_gguf_files(place: Place) -> Arguments:
+    _gguf(place.directory, "llama", keep=1.0)
+    return compress(place.directory, place.text)
+
+
+def gguf_files_beside_a_config(place: Place) -> Arguments:
+    for name in ("a.gguf", "b.gguf"):
+        shutil.copy(_gguf(place.directory, "llama", keep=1.0), place.directory / name)
+    shutil.copy(place.model / "config.json", place.directory)
+    return compress(place.directory, place.text)
+
+
+def pointer(name: str) -> Case:
+    """A clone without git-lfs."""
+
+    def case(place: Place) -> Arguments:
+        model = place.copy(place.model)
+        (model / name).write_text(
+            f"version https://git-lfs.github.com/spec/v1\noid sha256:{'0' * 64}\nsize 9\n"
+        )
+        return compress(model / name if name.endswith(".gguf") else model, place.text)
+
+    return case
 
 
 def _gguf(directory: Path, architecture: str, keep: float) -> Path:
@@ -427,7 +469,11 @@ CASES: list[tuple[str, Case, str, int]] = [
         (garbage_gguf, "not a readable GGUF file"),
         (empty_gguf, "not a readable GGUF file"),
         (truncated_gguf, "not a readable GGUF file"),
-        (gguf_of_unknown_architecture, "nonesuch"),
+        (gguf_of_unknown_architecture, "'nonesuch', which transformers does not load from GGUF; give"),
+        (a_part_of_a_gguf, "is part 2 of 3 of a model; merge them first, with llama.cpp's llama-gguf-split "
+         "--merge m-00001-of-00003.gguf WHOLE.gguf"),
+        (a_directory_of_gguf_files, "holds its weights as GGUF; name the file: "),
+        (gguf_files_beside_a_config, "/a.gguf, or another of its 3 GGUF files"),
         (missing_tokenizer, "tokenizer.json"),
         (damaged_tokenizer, "tokenizer.json"),
         (missing_weights, "no .safetensors file"),
@@ -449,10 +495,10 @@ CASES: list[tuple[str, Case, str, int]] = [
         (missing_evaluation_text, "--ppl"),
         (a_directory_as_text, "is a directory"),
         (short_text, "smaller --seqlen"),
-        (empty_text, "smaller --seqlen"),
-        (empty_evaluation_text, "lower --windows or --seqlen"),
+        (empty_text, "empty.txt holds no text"),
+        (empty_evaluation_text, "empty.txt holds no text"),
         (text_in_another_encoding, "latin1.txt is not UTF-8 text (byte 3)"),
-        (json_lines_without_text, 'rows.jsonl:2: expected a JSON object with a "text" field'),
+        (json_lines_without_text, "answer; got the fields body; rename one"),
         (json_lines_with_a_number, "rows.jsonl:1"),
         (broken_json_lines, "rows.jsonl:2"),
         (fewer_windows_than_asked_for, "lower --windows"),
@@ -475,6 +521,16 @@ CASES: list[tuple[str, Case, str, int]] = [
         (plot_into_a_missing_directory, "layers.png"),
     ]
 ] + [
+    (f"a pointer in place of {name}", pointer(name),
+     f"{name} is a git-lfs pointer, three lines that stand for the file; run `git lfs pull` there", 1)
+    for name in ("model.safetensors", "config.json", "tokenizer.json", "tokenizer.model", "model.gguf")
+] + [
+    ("an adapter as GGUF", gguf_of("llama", "adapter"), "LoRA adapter; merge it into its base model", 1),
+    ("an imatrix as GGUF", gguf_of("llama", "imatrix"),
+     "an importance matrix for llama.cpp's quantizer; give the model", 1),
+    ("a projector as GGUF", gguf_of("clip", "model"),
+     "projector of images or sound; give the language model's file", 1),
+    ("a GGUF of a type from nowhere", gguf_of("llama", "riddle"), "'riddle'; give a model", 1),
     ("ratio 0.5x", ratio("0.5x"), "above 1x", 2),
     ("ratio 1x", ratio("1x"), "above 1x", 2),
     ("ratio 120%", ratio("120%"), "above 1x", 2),

@@ -206,7 +206,7 @@ def test_json_is_alone_on_stdout(tiny_model_dir: Path, text_file: Path, tmp_path
     assert found["perplexity"][0]["scored_tokens"] == 2 * 63
     assert found["divergence"][0]["kl"] > 0
     assert min(found["speed"]["prefill"], found["speed"]["decode"]) > 0
-    assert re.search(r"^perplexity .*: 2/2 ", stderr, re.MULTILINE)
+    assert re.search(r"^evaluate on .*: 2/2 ", stderr, re.MULTILINE)
 
 
 def test_bytes_are_within_the_budget_and_as_planned(

@@ -49,6 +49,8 @@ def test_every_command_has_these_options_and_choices(line: str) -> None:
     command = command_of(words[0])
     options = {name: p for p in command.params for name in (*p.opts, *p.secondary_opts)}
     for word, following in zip(words[1:], [*words[2:], ""], strict=False):
+        if not word.startswith("-") and not command.context_settings.get("allow_interspersed_args", True):
+            break  # the rest is another program's
         if word.startswith("-"):
             assert word in options
             kind = options[word].type

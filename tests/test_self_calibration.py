@@ -59,7 +59,7 @@ def test_what_is_kept_is_read_unless_it_is_damaged(
 ) -> None:
     first = sampled(tiny_model_dir)
     (kept,) = cache.iterdir()
-    changed = (first + 1) % 300
+    changed = first.flip(1)
     save_file({"tokens": changed}, kept)
     notes = Notes()
     assert torch.equal(sampled(tiny_model_dir, notes), changed)
@@ -81,3 +81,27 @@ def test_a_directory_of_the_same_name_is_no_text(tmp_path: Path, monkeypatch: py
     for name in ("self", "wikitext"):
         (tmp_path / name).mkdir()
         require_text(name, "--calib")
+
+
+def test_only_tokens_that_exist_are_written(make_model, tiny_llama, tokenizer, cache: Path) -> None:
+    """Embeddings are padded beyond the tokenizer's last id; what is written is kept for the next run."""
+    model = make_model(tiny_llama(vocab_size=512))
+    ordinary = set(tokenizer.get_vocab().values()) - set(tokenizer.all_special_ids)
+    settings = Calibration(samples=16, seqlen=32)
+    for said in ("", "calibration text from"):
+        notes = Notes()
+        samples = calibration_samples(load_model(str(model)), "padded", settings, notes)
+        assert set(samples.inputs["input_ids"].flatten().tolist()) <= ordinary
+        assert said in "".join(notes.said)
+    assert len(list(cache.iterdir())) == 1
+
+
+def test_a_user_without_a_home_keeps_no_text(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    notes = Notes()
+    assert sampled(tiny_model_dir, notes).shape == (3, 8)
+    assert "not kept for other runs: there is no home directory" in "".join(notes.said)

@@ -76,9 +76,16 @@ def test_a_text_shorter_than_a_sample_is_refused() -> None:
 
 def unloaded(tokenizer: Any, kind: Kind | None = None) -> Any:
     """What is read of a model, a decoder by default, while its samples are made: it is never run."""
-    model = SimpleNamespace(config=SimpleNamespace(decoder_start_token_id=5))
+    embedding = torch.nn.Embedding(100_000, 1)
+    model = SimpleNamespace(
+        config=SimpleNamespace(decoder_start_token_id=5), get_input_embeddings=lambda: embedding
+    )
     return SimpleNamespace(
-        kind=kind or Causal(), model=model, context_length=None, require_tokenizer=lambda: tokenizer
+        kind=kind or Causal(),
+        model=model,
+        context_length=None,
+        tokenizer=tokenizer,
+        require_tokenizer=lambda: tokenizer,
     )
 
 

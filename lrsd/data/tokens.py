@@ -8,6 +8,7 @@ from torch import Tensor
 from lrsd.data.self_text import self_calibration
 from lrsd.data.sources import _LONGEST_WORD, Content, read_content
 from lrsd.errors import InputError
+from lrsd.model.embedding import embedding_rows
 from lrsd.model.kinds.base import EvaluationItem
 from lrsd.model.load import LoadedModel, panics
 from lrsd.model.samples import Samples
@@ -30,6 +31,12 @@ def calibration_samples(
     Args: identity: the model's fingerprint, by which text sampled from it is kept.
     Raises: InputError for a source that the model cannot be calibrated on.
     """
+    samples = _samples(loaded, identity, calibration, progress)
+    _require_known(loaded, samples)
+    return samples
+
+
+def _samples(loaded: LoadedModel, identity: str, calibration: Calibration, progress: Progress) -> Samples:
     kind, model, shares = loaded.kind, loaded.model, calibration.shares
     if "self" in shares and not kind.writes_calibration_text:
         raise InputError(f"{type(model).__name__} cannot write its own calibration text; give --calib FILE")
@@ -39,7 +46,7 @@ def calibration_samples(
             f"--calib: a {kind.name} reads one safetensors file, got {len(shares)} sources; give one"
         )
     contents = {
-        source: read_content(source, kind, split="train", option="--calib")
+        source: read_content(source, kind, split="train", option="--calib", tokenizer=loaded.tokenizer)
         for source in shares
         if source != "self"
     }
@@ -60,6 +67,17 @@ def calibration_samples(
         parts = (f"{len(found)} samples of {name}" for name, found in zip(shares, blocks, strict=True))
         progress.note(f"calibration text: {', '.join(parts)}")
     return kind.samples_from_blocks(model, loaded.require_tokenizer(), interleaved(blocks))
+
+
+def _require_known(loaded: LoadedModel, samples: Samples) -> None:
+    """Raises: InputError for a token that the model's embedding has no row for."""
+    rows = embedding_rows(loaded.model)
+    largest = max((int(ids.max()) for ids in samples.token_ids), default=0)
+    if largest >= rows:
+        raise InputError(
+            f"the tokenizer makes token {largest}, the model's embedding has {rows} rows; give the model its "
+            "own tokenizer, or resize its embedding to the one it has (resize_token_embeddings)"
+        )
 
 
 def interleaved(parts: list[Tensor]) -> Tensor:
@@ -114,7 +132,15 @@ def evaluation_items(
     tensors (all of them if None).
 
     content: opened as its kind reads it, see `read_content`.
+    Raises: InputError for a text that is too short, or has tokens that the model does not know.
     """
+    items = _items(loaded, content, seqlen, windows)
+    for item in items:
+        _require_known(loaded, item.samples)
+    return items
+
+
+def _items(loaded: LoadedModel, content: Content, seqlen: int, windows: int | None) -> list[EvaluationItem]:
     kind, model = loaded.kind, loaded.model
     if isinstance(content, dict):
         return kind.items_from_tensors(model, _rows(content, windows), seqlen)
@@ -179,7 +205,10 @@ def tokenize(tokenizer: Tokenizer, text: str) -> Tensor:
     for piece in _pieces(text):
         longest = max(map(len, piece.split()), default=0)
         if longest > _LONGEST_WORD:
-            raise InputError(f"a text with {longest:,} characters without a space or line break is no text")
+            raise InputError(
+                f"expected words, the text has {longest:,} characters without a space or line break, at most "
+                f"{_LONGEST_WORD:,} are read; leave out encoded data, and break long lines"
+            )
         tokens.append(_token_ids(tokenizer, piece, special=False))
     return torch.cat([*tokens, torch.zeros(0, dtype=torch.int64)])
 
