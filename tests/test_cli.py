@@ -344,6 +344,7 @@ def test_a_stopped_run_leaves_nothing_behind(
         "compress", tiny_model_dir, "--ratio", "2", "--calib", text_file, *size, "-o", tmp_path / "new"
     )
     assert process.stderr is not None
+    assert ": lrsd compress " in process.stderr.readline()
     assert "of disk" in process.stderr.readline()
     assert process.stderr.readline() == "observe: 2 steps\n"
     process.send_signal(number)

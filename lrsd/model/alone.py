@@ -36,8 +36,8 @@ def require_separable(model: PreTrainedModel, layout: Layout, example: Samples) 
             module = model.get_submodule(block.name)
             hooks.callback(module.register_forward_hook(leave).remove)
         logits = logits_of(run_model(model, example))
-    check_finite("the model's output", logits)
     replay = Replay.start(model, layout, [example, _other(example)])
+    check_finite("the model's output", logits)
     for index, block in enumerate(layout.blocks):
         before = replay.inputs[block.stack][0] if block.is_first else outputs[index - 1]
         try:

@@ -212,7 +212,7 @@ def _shared_weights(model: PreTrainedModel) -> dict[str, str]:
 def _reason_against(model: PreTrainedModel, module: nn.Module) -> str:
     """Why a linear layer that no block has among its own stays dense."""
     if not is_linear(module):
-        return f"a {type(module).__name__}, which may do more than multiply"
+        return f"a {type(module).__name__}, which does more than multiply"
     return "the model's head" if module is model.get_output_embeddings() else "not run within a block"
 
 
