@@ -14,6 +14,7 @@ from lrsd.model.samples import distance, logits_of, run_model
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
+from lrsd.steps.plan import better_plan
 
 
 @torch.inference_mode()
@@ -42,3 +43,8 @@ def test_what_is_compared_is_what_would_be_lost(
         lost[name] = distance(dense, reference, found)
     assert compared["uniform"] == pytest.approx(lost["fitted"], rel=0.05)
     assert compared["uniform"] != pytest.approx(lost["all"], rel=0.1), "what was held out is not fitted to"
+
+
+@pytest.mark.parametrize(("uniform", "better"), [(2.2568, "kl"), (2.2, "kl"), (2.1, "uniform")])
+def test_equal_shares_are_taken_where_they_are_clearly_better(uniform: float, better: str) -> None:
+    assert better_plan({"kl": 2.2609, "uniform": uniform}) == better
