@@ -326,7 +326,9 @@ def _locate(source: str) -> tuple[str, dict[str, Any]]:
         except LocalEntryNotFoundError as error:
             if HF_HUB_OFFLINE:
                 raise
-            raise LaterError(f"{source} is no directory here, and the hub does not answer") from error
+            raise LaterError(
+                f"{source} is no directory here, and the hub does not answer; check the name, or the network"
+            ) from error
 
 
 def _inventory(where: str, arguments: dict[str, Any]) -> dict[str, StoredTensor]:
