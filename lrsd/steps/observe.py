@@ -98,8 +98,9 @@ class BlockStatistics:
         )
 
     def group(self, name: str, device: torch.device | str) -> GroupStatistics:
-        tokens = {int(number): weights_T for number, weights_T in self.tokens[name].items()}
-        return GroupStatistics(Moments.from_state(self.moments[name], device), self.rows[name], tokens)
+        rows = {layer: sums_O.to(device) for layer, sums_O in self.rows[name].items()}
+        tokens = {int(number): weights_T.to(device) for number, weights_T in self.tokens[name].items()}
+        return GroupStatistics(Moments.from_state(self.moments[name], device), rows, tokens)
 
 
 def observe_model(
