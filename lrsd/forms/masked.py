@@ -82,7 +82,6 @@ class Masked(Form):
         mask, entries, count = loaded["mask"], loaded["entries"], shape.out_features * self.columns
         if mask.device.type == "cpu":
             return expand(mask, entries.detach(), count).view(shape.out_features, self.columns)
-        mask_OK = unpack_bits(mask, count)
-        values_OK = entries.new_zeros(mask_OK.shape)
-        values_OK[mask_OK] = entries
+        # Unlike an index by the mask, this need not know how many places there are: nothing waits.
+        values_OK = entries.new_zeros(count).masked_scatter_(unpack_bits(mask, count), entries)
         return values_OK.view(shape.out_features, self.columns)

@@ -14,6 +14,7 @@ import zlib
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 # Codes per symbol, and how many zigzagged values one of them can take; the last value is the escape.
 # The products stay within a byte.
@@ -105,14 +106,20 @@ def unpack_codes(packed: Tensor, bits: int, count: int) -> Tensor:
 
 def pack_bits(bits: Tensor) -> Tensor:
     """0/1 or booleans to bytes, first one in the lowest bit; uint8 (ceil(n / 8),)."""
-    packed = np.packbits(bits.flatten().cpu().numpy(), bitorder="little")
-    return torch.from_numpy(packed).to(bits.device)
+    if bits.device.type == "cpu":
+        return torch.from_numpy(np.packbits(bits.flatten().numpy(), bitorder="little"))
+    whole = pad(bits.flatten().to(torch.uint8), (0, -bits.numel() % 8)).view(-1, 8)
+    return (whole << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
 
 
 def unpack_bits(packed: Tensor, count: int) -> Tensor:
     """The first `count` bits; bool."""
-    bits = np.unpackbits(packed.cpu().numpy(), count=count, bitorder="little")
-    return torch.from_numpy(bits).view(torch.bool).to(packed.device)
+    if packed.device.type == "cpu":
+        return torch.from_numpy(np.unpackbits(packed.numpy(), count=count, bitorder="little")).view(
+            torch.bool
+        )
+    places = torch.arange(8, dtype=torch.uint8, device=packed.device)
+    return (packed[:, None] >> places & 1).flatten()[:count].bool()
 
 
 def _bit_places(widths: Tensor) -> tuple[Tensor, Tensor]:
