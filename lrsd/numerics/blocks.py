@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from lrsd.numerics.lowrank import complement
 from lrsd.numerics.rounding import HessianFactor, round_columns
 
 # Scales tried, as fractions of that which brings a group's largest weight just to the end of the range.
@@ -90,15 +91,15 @@ def round_to_blocks(
     W_OI, gram_II = W_OI.float(), gram_II.float()
     found = _affine_for(W_OI, remaining_variances(factor), grid, dtype)
     scales_GO, offsets_GO = (values_OG.T.contiguous() for values_OG in found.affine())
-    nearest = _Nearest(grid, W_OI.device)
+    nearest, divisors_GO = _Nearest(grid, W_OI.device), _safe(scales_GO)
 
     def quantize(j: int, w_O: Tensor) -> tuple[Tensor, Tensor]:
-        scale_O, offset_O = scales_GO[j // grid.group], offsets_GO[j // grid.group]
-        code_O = nearest.codes(w_O, scale_O, offset_O)
-        return code_O, nearest.levels[code_O] * scale_O - offset_O
+        g = j // grid.group
+        level_O = nearest.level((w_O + offsets_GO[g]) / divisors_GO[g])
+        return level_O, level_O * scales_GO[g] - offsets_GO[g]
 
-    codes_OI = round_columns(W_OI, factor, quantize)[0]
-    found = replace(found, codes_OI=codes_OI.to(torch.uint8))
+    levels_OI = round_columns(W_OI, factor, quantize)[0]
+    found = replace(found, codes_OI=nearest.codes(levels_OI))
     return _Descent(W_OI, gram_II, found).run(sweeps) if sweeps else found
 
 
@@ -127,19 +128,28 @@ def _weighted_error(W_OI: Tensor, weights_I: Tensor, found: BlockCodes) -> float
 
 
 class _Nearest:
-    """Codes of the levels nearest to values."""
+    """The levels nearest to numbers, float32, and their codes, uint8."""
 
     def __init__(self, grid: Grid, device: torch.device) -> None:
+        self._lowest, self._highest = grid.levels[0], grid.levels[-1]
         self.levels = torch.tensor(grid.levels, dtype=torch.float32, device=device)
         self._middles = None if grid.is_even else (self.levels[1:] + self.levels[:-1]) / 2
 
-    def codes(self, values: Tensor, scales: Tensor, offsets: Tensor) -> Tensor:
-        """int64. A scale of zero gives whatever code."""
-        scales = torch.where(scales == 0, torch.ones_like(scales), scales)
-        wanted = (values + offsets) / scales
+    def level(self, wanted: Tensor) -> Tensor:
+        """`wanted` is not needed any more."""
         if self._middles is not None:
-            return torch.bucketize(wanted, self._middles)
-        return (wanted.round_() - self.levels[0]).clamp_(0, len(self.levels) - 1).long()
+            return self.levels[torch.bucketize(wanted, self._middles)]
+        return wanted.round_().clamp_(self._lowest, self._highest)
+
+    def codes(self, levels: Tensor) -> Tensor:
+        if self._middles is not None:
+            return torch.bucketize(levels.float(), self._middles).to(torch.uint8)
+        return (levels - self._lowest).to(torch.uint8)
+
+
+def _safe(scales: Tensor) -> Tensor:
+    """To divide by: where a scale is zero, any level will do."""
+    return torch.where(scales == 0, torch.ones_like(scales), scales)
 
 
 def _affine_for(W_OI: Tensor, weights_I: Tensor, grid: Grid, dtype: torch.dtype) -> BlockCodes:
@@ -149,8 +159,7 @@ def _affine_for(W_OI: Tensor, weights_I: Tensor, grid: Grid, dtype: torch.dtype)
     W_OGJ = W_OI.view(W_OI.shape[0], -1, grid.group)
     best_OG: Tensor | None = None
     for scales_OG, offsets_OG in _tried(W_OGJ, grid):
-        codes_OGJ = nearest.codes(W_OGJ, scales_OG[..., None], offsets_OG[..., None])
-        levels_OGJ = nearest.levels[codes_OGJ]
+        levels_OGJ = nearest.level((W_OGJ + offsets_OG[..., None]) / _safe(scales_OG)[..., None])
         scales_OG, offsets_OG = _regressed(W_OGJ, levels_OGJ, weights_GJ, scales_OG, offsets_OG, grid)
         lost_OGJ = levels_OGJ * scales_OG[..., None] - offsets_OG[..., None] - W_OGJ
         error_OG = (lost_OGJ.square_() * weights_GJ).sum(-1)
@@ -168,8 +177,8 @@ def _affine_for(W_OI: Tensor, weights_I: Tensor, grid: Grid, dtype: torch.dtype)
         lows_OB, m_OG = _as_integers(low_OG, grid.offsets, grid, dtype)
     found = BlockCodes(grid, torch.empty(0), sc_OG, m_OG, steps_OB, lows_OB)
     scales_OG, offsets_OG = found.affine()
-    codes_OGJ = nearest.codes(W_OGJ, scales_OG[..., None], offsets_OG[..., None])
-    return replace(found, codes_OI=codes_OGJ.flatten(1).to(torch.uint8))
+    levels_OGJ = nearest.level((W_OGJ + offsets_OG[..., None]) / _safe(scales_OG)[..., None])
+    return replace(found, codes_OI=nearest.codes(levels_OGJ).flatten(1))
 
 
 def _tried(W_OGJ: Tensor, grid: Grid) -> Iterator[tuple[Tensor, Tensor]]:
@@ -256,7 +265,7 @@ class _Descent:
         self._grid, self._gram_II = found.grid, gram_II
         self._nearest = _Nearest(found.grid, W_OI.device)
         self._levels_IO = self._nearest.levels[found.codes_OI.T.int()]
-        self._codes_IO = found.codes_OI.T.long().contiguous()
+        self._every_I = torch.arange(len(gram_II), device=gram_II.device)
         self._sc_GO, self._m_GO = (
             found.scales_OG.T.float().contiguous(),
             found.offsets_OG.T.float().contiguous(),
@@ -270,7 +279,7 @@ class _Descent:
                 self._block(number)
         return BlockCodes(
             self._grid,
-            self._codes_IO.T.to(torch.uint8).contiguous(),
+            self._nearest.codes(self._levels_IO.T.contiguous()),
             self._sc_GO.T.to(torch.int16).contiguous(),
             self._m_GO.T.to(torch.int16).contiguous(),
             self._d_BO.T.contiguous(),
@@ -299,8 +308,7 @@ class _Descent:
         self._d_BO[number] = self._step(self._levels_IO[block] * sc_JO, self._d_BO[number])
         if grid.offsets is not None:
             self._e_BO[number] = self._step(-m_JO, self._e_BO[number])
-        rest = torch.ones(len(self._pulls_IO), dtype=torch.bool, device=self._pulls_IO.device)
-        rest[block] = False
+        rest = complement(self._every_I[block], len(self._every_I))
         self._pulls_IO[rest] -= self._gram_II[rest, block] @ self._moved_JO
 
     def _move(self, columns: slice, change_JO: Tensor) -> None:
@@ -334,14 +342,13 @@ class _Descent:
         return best_O
 
     def _codes(self, columns: slice, scale_O: Tensor, offset_O: Tensor) -> None:
-        """Codes of one group, one column at a time, each the best one given all others."""
+        """Levels of one group, one column at a time, each the best one given all others."""
+        variances_J, divisor_O = self._gram_JJ.diagonal().clamp(min=_TINY), _safe(scale_O)
         for i in range(columns.start, columns.stop):
-            j = self._start + i
-            variance = self._gram_JJ[i, i].clamp(min=_TINY)
-            now_O = self._levels_IO[j] * scale_O - offset_O
-            code_O = self._nearest.codes(now_O + self._pulls_JO[i] / variance, scale_O, offset_O)
-            level_O = self._nearest.levels[code_O]
-            change_O = (level_O - self._levels_IO[j]) * scale_O
-            self._codes_IO[j], self._levels_IO[j] = code_O, level_O
-            self._moved_JO[i] += change_O
+            old_O, moved_O = self._levels_IO[self._start + i], self._moved_JO[i]
+            wanted_O = old_O * scale_O - offset_O + self._pulls_JO[i] / variances_J[i]
+            level_O = self._nearest.level((wanted_O + offset_O) / divisor_O)
+            change_O = (level_O - old_O) * scale_O
+            old_O.copy_(level_O)
+            moved_O += change_O
             self._pulls_JO.addr_(self._gram_JJ[:, i], change_O, alpha=-1)

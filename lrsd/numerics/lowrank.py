@@ -26,8 +26,9 @@ class Spectrum:
     energies_R: Tensor
 
     def errors(self) -> Tensor:
-        """Energy lost at rank 0, 1, ..., q; (q + 1,), non-increasing, last entry 0."""
-        tail = self.energies_R.flip(0).cumsum(0).flip(0)
+        """Energy lost at rank 0, 1, ..., q; (q + 1,), non-increasing, last entry 0, on a CPU."""
+        # On a CPU: an accelerator adds up in an order that differs from run to run.
+        tail = self.energies_R.cpu().flip(0).cumsum(0).flip(0)
         return torch.cat([tail, tail.new_zeros(1)])
 
 
@@ -84,11 +85,19 @@ def square_root(gram_II: Tensor) -> Tensor:
     indefinite, its eigenvectors times the roots of the eigenvalues, negative ones taken as 0. Raises:
     SolverError.
     """
-    factor_II, failed = torch.linalg.cholesky_ex(gram_II)
-    if not failed and bool(torch.isfinite(factor_II).all()):  # of an infinite G it succeeds
+    if (factor_II := cholesky(gram_II)) is not None:
         return factor_II
     values, vectors = _eigh(gram_II)
     return vectors * values.clamp(min=0).sqrt()
+
+
+def cholesky(matrix_NN: Tensor) -> Tensor | None:
+    """Its lower factor; None of a matrix that is not positive definite, or not finite: of an infinite one the
+    libraries say nothing, and those of accelerators not of NaN either."""
+    lower_NN, failed = torch.linalg.cholesky_ex(matrix_NN)
+    # What is wrong anywhere in a row is wrong on the diagonal, too.
+    sound = (failed == 0) & lower_NN.diagonal().isfinite().all()
+    return lower_NN if bool(sound) else None
 
 
 def ridged_cholesky(gram_II: Tensor, ridge: float) -> tuple[Tensor, float]:
@@ -102,10 +111,8 @@ def ridged_cholesky(gram_II: Tensor, ridge: float) -> tuple[Tensor, float]:
     scale = gram_II.diagonal().mean()
     identity_II = torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
     while True:
-        factor_II, failed = torch.linalg.cholesky_ex(
-            gram_II + identity_II * (ridge * scale if scale > 0 else 1.0)
-        )
-        if not failed:
+        factor_II = cholesky(gram_II + identity_II * (ridge * scale if scale > 0 else 1.0))
+        if factor_II is not None:
             return factor_II, ridge if ridge > first else 0.0
         if not ridge < 1:  # a finite positive semidefinite matrix factors long before
             raise SolverError("the moments of its inputs are not finite or not positive semidefinite")
@@ -191,10 +198,13 @@ def pivot_factors(U_OR: Tensor, V_RI: Tensor) -> PivotedFactors:
     pivots_R, others_Q = order[:rank].clone(), order[rank:].clone()
     coefficients_QR = torch.linalg.solve(U_OR[pivots_R], U_OR[others_Q], left=False)
     for _ in range(_EXCHANGES_PER_RANK * rank if others_Q.numel() else 0):
-        q, r = divmod(int(coefficients_QR.abs().argmax()), rank)
-        pivot_value = coefficients_QR[q, r].clone()
-        if pivot_value.abs() <= _MAX_COEFFICIENT:
+        place = coefficients_QR.abs().argmax()
+        pivot_value = coefficients_QR.flatten()[place]
+        # Place and value at once: an accelerator is waited for once per exchange.
+        found, size = torch.stack([place.double(), pivot_value.abs().double()]).tolist()
+        if size <= _MAX_COEFFICIENT:
             break
+        q, r = divmod(int(found), rank)
         # Rank-one update of U_others U_pivots^-1 when row q and pivot r change places.
         row, column = coefficients_QR[q].clone(), coefficients_QR[:, r].clone()
         row[r] -= 1

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lrsd.errors import SolverError
+from lrsd.numerics.lowrank import cholesky
 
 # Column blocks in which the upper triangle of x^T x is computed: with 4 blocks 10/16 of the
 # multiplications are left, with more the blocks get too narrow for a fast matrix product.
@@ -168,8 +169,7 @@ class CrossMoments:
 
 
 def _cholesky(gram_II: Tensor) -> Tensor:
-    lower_II, failed = torch.linalg.cholesky_ex(gram_II)
-    if failed:
+    if (lower_II := cholesky(gram_II)) is None:
         raise SolverError("the moments of its inputs are not finite or not positive semidefinite")
     return lower_II
 

@@ -4,6 +4,7 @@ outputs."""
 import torch
 from torch import Tensor
 
+from lrsd.numerics.lowrank import complement
 from lrsd.numerics.metric import Metric
 from lrsd.numerics.rounding import HessianFactor
 
@@ -34,9 +35,10 @@ def prune(W_OI: Tensor, factor: HessianFactor, entries: int, block: int = BLOCK)
         mask_IO[start:stop].view(-1)[chosen] = True
         errors_BO = torch.empty_like(scores_BO)
         for i in range(start, stop):
-            values_IO[i] = ordered_IO[i] * mask_IO[i]
-            errors_BO[i - start] = (ordered_IO[i] - values_IO[i]) / upper_II[i, i]
-            ordered_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], errors_BO[i - start], alpha=-1)
+            torch.mul(ordered_IO[i], mask_IO[i], out=values_IO[i])
+            error_O = torch.sub(ordered_IO[i], values_IO[i], out=errors_BO[i - start])
+            error_O /= upper_II[i, i]
+            ordered_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], error_O, alpha=-1)
         ordered_IO[stop:] -= upper_II[start:stop, stop:].T @ errors_BO
     back_I = factor.order_I.argsort()
     return values_IO[back_I].T.contiguous(), mask_IO[back_I].T.contiguous()
@@ -51,17 +53,18 @@ def refit_entries(
     values_IO, mask_IO = values_OI.float().T.contiguous(), mask_OI.T
     pulls_IO = gram_II @ (W_OI.float().T - values_IO)
     diagonal_I = gram_II.diagonal().clamp(min=torch.finfo(torch.float32).tiny)
+    every_I = torch.arange(len(values_IO), device=W_OI.device)
     for _ in range(sweeps):
         for start in range(0, len(values_IO), _TOGETHER):
             block = slice(start, min(start + _TOGETHER, len(values_IO)))
             gram_BB, pulls_BO = gram_II[block, block], pulls_IO[block]
             moved_BO = torch.empty_like(pulls_BO)
             for i in range(len(moved_BO)):
-                moved_BO[i] = pulls_BO[i] / diagonal_I[start + i] * mask_IO[start + i]
-                pulls_BO.addr_(gram_BB[:, i], moved_BO[i], alpha=-1)
+                moved_O = torch.div(pulls_BO[i], diagonal_I[start + i], out=moved_BO[i])
+                moved_O *= mask_IO[start + i]
+                pulls_BO.addr_(gram_BB[:, i], moved_O, alpha=-1)
             values_IO[block] += moved_BO
-            rest = torch.ones(len(values_IO), dtype=torch.bool, device=W_OI.device)
-            rest[block] = False
+            rest = complement(every_I[block], len(every_I))
             pulls_IO[rest] -= gram_II[rest, block] @ moved_BO
     return values_IO.T.contiguous()
 

@@ -74,9 +74,9 @@ def entropy_coded_rates(
         beyond_S = classes * (4 * bits_S).clamp(max=1)
         streams_S = (bits_S * W_OI.numel() / 8 + beyond_S).floor() + _CODER_BYTES
         columns.append((torch.full_like(steps_S, rank), steps_S, streams_S, errors_S))
-    ranks_N, steps_N, streams_N, errors_N = (
-        torch.cat(parts).double().cpu() for parts in zip(*columns, strict=True)
-    )
+    ranks_N, steps_N, streams_N, errors_N = torch.stack(
+        [torch.cat(parts).double() for parts in zip(*columns, strict=True)]
+    ).cpu()
     return EntropyCodedRates(ranks_N.long(), steps_N, streams_N.long(), errors_N)
 
 

@@ -9,13 +9,14 @@ beforehand.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from lrsd.errors import SolverError
+from lrsd.numerics.lowrank import cholesky
 from lrsd.numerics.trellis import DEVIATIONS_LOG2, STATES, code, deviation_classes, measured, round_block
 
 # Ridge on G in units of its diagonal: of the mean, the GPTQ default, or of every channel's own.
@@ -50,6 +51,11 @@ class HessianFactor:
     def width(self) -> int:
         return self.order_I.numel()
 
+    @cached_property
+    def on_host(self) -> "HessianFactor":
+        """The same in a CPU's memory: copied once for all that is rounded with it."""
+        return HessianFactor(self.order_I.cpu(), self.upper_II.cpu(), self.damping)
+
 
 def hessian_factor(gram_II: Tensor, damping: float = DAMPING, *, by_channel: bool = False) -> HessianFactor:
     """Factor a metric; the ridge is raised tenfold while G + ridge is not positive definite.
@@ -69,8 +75,8 @@ def hessian_factor(gram_II: Tensor, damping: float = DAMPING, *, by_channel: boo
         ridge_I = diagonal_I[order_I].clamp(min=_LEAST_RIDGE * scale)
     while True:
         # With R R^T = G + damping and R upper triangular, U = R^-1: no explicit inverse of G is formed.
-        lower_II, failed = torch.linalg.cholesky_ex((ordered_II + (damping * ridge_I).diag()).flip(0, 1))
-        if not failed and bool(diagonal_I.isfinite().all()):
+        lower_II = cholesky((ordered_II + (damping * ridge_I).diag()).flip(0, 1))
+        if lower_II is not None and bool(diagonal_I.isfinite().all()):
             upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
             return HessianFactor(order_I, upper_II.float(), damping if damping > first else 0.0)
         if not damping < 1e3 or not bool(
@@ -86,7 +92,8 @@ def round_columns(
 ) -> tuple[Tensor, Tensor]:
     """Round column by column; what a column loses is made up for by those after it, as far as they can.
 
-    Args: quantize(j, w_O) -> codes and values of column j, given what feedback has made of it.
+    Args: quantize(j, w_O) -> codes (whole numbers of any type) and values of column j, given what feedback
+        has made of it.
     Returns: codes (O, I) int32 and values (O, I) float32.
     """
     ordered_IO = W_OI.float().T[factor.order_I].contiguous()
@@ -95,13 +102,20 @@ def round_columns(
     upper_II, columns = factor.upper_II, factor.order_I.tolist()
     for start in range(0, factor.width, _BLOCK):
         stop = min(start + _BLOCK, factor.width)
-        errors_BO = torch.empty_like(ordered_IO[start:stop])
+        codes, values, errors = (
+            [],
+            [],
+            [],
+        )  # put together per block: an accelerator has a launch less for each
         for i in range(start, stop):
-            codes_IO[i], values_IO[i] = quantize(columns[i], ordered_IO[i])
-            error_O = (ordered_IO[i] - values_IO[i]) / upper_II[i, i]
-            errors_BO[i - start] = error_O
+            code_O, value_O = quantize(columns[i], ordered_IO[i])
+            error_O = (ordered_IO[i] - value_O) / upper_II[i, i]
             ordered_IO[i + 1 : stop].addr_(upper_II[i, i + 1 : stop], error_O, alpha=-1)
-        ordered_IO[stop:] -= upper_II[start:stop, stop:].T @ errors_BO
+            codes.append(code_O)
+            values.append(value_O)
+            errors.append(error_O)
+        codes_IO[start:stop], values_IO[start:stop] = torch.stack(codes), torch.stack(values)
+        ordered_IO[stop:] -= upper_II[start:stop, stop:].T @ torch.stack(errors)
     back_I = factor.order_I.argsort()
     return codes_IO[back_I].T.contiguous(), values_IO[back_I].T.contiguous()
 
@@ -124,9 +138,8 @@ class EntropyCodes:
 def column_steps(offsets_I: Tensor, exponent: int) -> Tensor:
     """2^((exponent + offset) / 8), float32: a table and a shift, so that all machines agree to the bit."""
     eighths = offsets_I.long() + exponent
-    fractions = torch.tensor(
-        [2.0 ** (i / STEPS_PER_OCTAVE) for i in range(STEPS_PER_OCTAVE)], device=offsets_I.device
-    )
+    fractions = torch.tensor([2.0 ** (i / STEPS_PER_OCTAVE) for i in range(STEPS_PER_OCTAVE)])
+    fractions = fractions.to(offsets_I.device, non_blocking=True)  # a layer's product does not wait for it
     whole = eighths.div(STEPS_PER_OCTAVE, rounding_mode="floor")
     return torch.ldexp(fractions[eighths - whole * STEPS_PER_OCTAVE], whole)
 
@@ -173,12 +186,13 @@ def _round_paths(
 ) -> Tensor:
     """Codes (O, I) int32 of `round_columns` on a CPU, by compiled loops. rounding, stored: steps to round
     with and to read back with."""
-    order_I = factor.order_I.cpu()
+    factor = factor.on_host
+    order_I, upper_II = factor.order_I, factor.upper_II
     ordered_IO = W_OI.float().cpu().T[order_I].contiguous()
     codes_IO = torch.empty(ordered_IO.shape, dtype=torch.int32)
-    upper_II = factor.upper_II.cpu()
-    steps_I, shrunk_I = (t.float().cpu()[order_I].numpy() for t in (rounding_I, stored_I))
-    classes_I = deviation_classes((deviations_I / rounding_I).cpu()[order_I])
+    about_3I = torch.stack([rounding_I.float(), stored_I.float(), deviations_I / rounding_I]).cpu()
+    steps_I, shrunk_I, relative_I = about_3I[:, order_I]
+    classes_I = deviation_classes(relative_I)
     bits_QCK = (
         measured(states).bits_QCK if states > 1 else np.zeros((len(DEVIATIONS_LOG2) + 1, 2, 1), np.float32)
     )
@@ -186,8 +200,8 @@ def _round_paths(
         here = slice(start, min(start + _BLOCK, factor.width))
         errors_BO = torch.empty_like(ordered_IO[here])
         round_block(
-            ordered_IO[here].numpy(), upper_II[here, here].contiguous().numpy(), steps_I[here],
-            shrunk_I[here], classes_I[here], bits_QCK, *code(states), codes_IO[here].numpy(),
+            ordered_IO[here].numpy(), upper_II[here, here].contiguous().numpy(), steps_I[here].numpy(),
+            shrunk_I[here].numpy(), classes_I[here], bits_QCK, *code(states), codes_IO[here].numpy(),
             errors_BO.numpy(),
         )  # fmt: skip
         ordered_IO[here.stop :] -= upper_II[here, here.stop :].T @ errors_BO
@@ -296,7 +310,7 @@ def round_groupwise(
     def quantize(j: int, w_O: Tensor) -> tuple[Tensor, Tensor]:
         scale_O, zero_O = scales_OG[:, j // group], zeros_OG[:, j // group]
         code_O = (w_O / scale_O + zero_O).round().clamp(0, top)
-        return code_O.int(), (code_O - zero_O) * scale_O
+        return code_O, (code_O - zero_O) * scale_O
 
     codes_OI, _ = round_columns(W_OI, factor, quantize)
     return GroupCodes(codes_OI.to(torch.uint8), scales_OG.to(dtype), zeros_OG.to(torch.uint8), bits, group)
