@@ -310,5 +310,5 @@ def speed(loaded: LoadedModel) -> Speed:
 
 def _now(model: Model) -> float:
     if model.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(model.device)
     return time.perf_counter()

@@ -257,8 +257,7 @@ def fingerprint(loaded: LoadedModel, weights: Iterable[tuple[str, Tensor]] | Non
 def check_finite(name: str, tensor: Tensor) -> None:
     """Raises: NumericsError if the tensor holds NaN or infinity."""
     parts = tensor.detach().flatten().split(_FINITE_VALUES)
-    bad = sum(int((~torch.isfinite(part)).sum()) for part in parts)
-    if bad:
+    if bad := int(sum((~torch.isfinite(part)).sum() for part in parts)):
         raise NumericsError(
             f"{name} holds {bad} non-finite values of {tensor.numel()}; the checkpoint is damaged, "
             "or its numbers do not fit the chosen --dtype"
