@@ -37,21 +37,26 @@ def _halves(codes_NJ: Tensor, width: int) -> Tensor:
     return (pairs[:, :, 0] | pairs[:, :, 1] << 4).flatten(1)
 
 
+def _places(numbers: Tensor, bits: int = 1) -> Tensor:
+    """Where numbers of so many bits each begin in a byte: uint8, on the device of these."""
+    return torch.arange(0, 8, bits, dtype=torch.uint8, device=numbers.device)
+
+
 def _high_bits(codes_NJ: Tensor, bit: int) -> Tensor:
     """One bit of 32 columns in 4 bytes, the first column lowest."""
     bits_NBb = (codes_NJ >> bit & 1).view(len(codes_NJ), -1, 8)
-    return (bits_NBb << torch.arange(8, dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
+    return (bits_NBb << _places(codes_NJ)).sum(-1, dtype=torch.uint8)
 
 
 def _quarters(codes_NJ: Tensor) -> Tensor:
     """Four 2-bit codes a byte, of each 128 columns every 32nd."""
-    parts = codes_NJ.view(len(codes_NJ), -1, 4, 32) << torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    parts = codes_NJ.view(len(codes_NJ), -1, 4, 32) << _places(codes_NJ, 2)[:, None]
     return parts.sum(2, dtype=torch.uint8).flatten(1)
 
 
 def _eighths(bits_NJ: Tensor) -> Tensor:
     """One bit of 256 columns, every 32nd in a byte."""
-    parts = bits_NJ.view(len(bits_NJ), 8, 32) << torch.arange(8, dtype=torch.uint8)[:, None]
+    parts = bits_NJ.view(len(bits_NJ), 8, 32) << _places(bits_NJ)[:, None]
     return parts.sum(1, dtype=torch.uint8)
 
 
@@ -88,7 +93,7 @@ def _q2_k(q: Tensor, sc: Tensor, m: Tensor, d: Tensor, e: Tensor) -> Tensor:
 
 def _q3_k(q: Tensor, sc: Tensor, m: Tensor, d: Tensor, e: Tensor) -> Tensor:
     low = (sc[:, :8] & 15) | (sc[:, 8:] & 15) << 4
-    high = (sc >> 4).view(-1, 4, 4) << torch.tensor([0, 2, 4, 6], dtype=torch.uint8)[:, None]
+    high = (sc >> 4).view(-1, 4, 4) << _places(sc, 2)[:, None]
     return torch.cat([_eighths(q >> 2), _quarters(q & 3), low, high.sum(1, dtype=torch.uint8), d], 1)
 
 
@@ -105,8 +110,7 @@ def _q6_k(q: Tensor, sc: Tensor, m: Tensor, d: Tensor, e: Tensor) -> Tensor:
 
 
 def _iq4_xs(q: Tensor, sc: Tensor, m: Tensor, d: Tensor, e: Tensor) -> Tensor:
-    shifts = torch.tensor([0, 2, 4, 6], dtype=torch.uint8)
-    high = ((sc >> 4).view(-1, 2, 4) << shifts).sum(-1, dtype=torch.uint8)
+    high = ((sc >> 4).view(-1, 2, 4) << _places(sc, 2)).sum(-1, dtype=torch.uint8)
     low = (sc & 15).view(-1, 4, 2)
     return torch.cat([d, high, low[..., 0] | low[..., 1] << 4, _halves(q, 32)], 1)
 
@@ -190,12 +194,12 @@ def packed_blocks(kind: str, codes: BlockCodes) -> Tensor:
 
     def integers(values_OG: Tensor, bounds: tuple[int, int] | None) -> Tensor:
         least = bounds[0] if bounds else 0
-        return (values_OG.cpu() - least).to(torch.uint8).view(-1, grid.block // grid.group)
+        return (values_OG - least).to(torch.uint8).view(-1, grid.block // grid.group)
 
     def halves(values_OB: Tensor) -> Tensor:
-        return values_OB.cpu().contiguous().view(torch.uint8).view(-1, 2)
+        return values_OB.contiguous().view(torch.uint8).view(-1, 2)
 
-    codes_NJ = codes.codes_OI.cpu().view(-1, grid.block)
+    codes_NJ = codes.codes_OI.view(-1, grid.block)
     sc, m = integers(codes.scales_OG, grid.scales), integers(codes.offsets_OG, grid.offsets)
     blocks = found.pack(codes_NJ, sc, m, halves(codes.steps_OB), halves(codes.offset_steps_OB))
     return blocks.reshape(rows, -1)
