@@ -85,6 +85,11 @@ def _report(error: Exception) -> int:
     if isinstance(error, LrsdError):
         click.echo(f"lrsd: {error}{notes}", err=True)
         return error.exit_code
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        line = str(error).strip().splitlines()[0]
+        click.echo(f"lrsd: {line} Lower --batch, or take a CPU with --device cpu{notes}", err=True)
+        return 1
     if isinstance(error, OSError) and error.errno is not None:
         click.echo(f"lrsd: {error.strerror}: {error.filename or 'no file named'}{notes}", err=True)
         return 1

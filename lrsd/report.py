@@ -18,7 +18,10 @@ def summary_lines(manifest: Manifest) -> list[str]:
         lines.append(f"time            {seconds}")
     if {"peak", "predicted"} <= manifest.memory.keys():
         peak, predicted = manifest.memory["peak"], manifest.memory["predicted"]
-        lines.append(f"memory          {_mb(peak)} of the host's at most, {_mb(predicted)} predicted")
+        line = f"memory          {_mb(peak)} of the host's at most, {_mb(predicted)} predicted"
+        if (on_device := manifest.memory.get("device_peak")) is not None:
+            line += f"; {_mb(on_device)} of the accelerator's"
+        lines.append(line)
     return lines
 
 

@@ -10,7 +10,7 @@ import gc
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -29,10 +30,13 @@ DEVICE, HOST = torch.device("cuda", 0), torch.device("cpu")
 LARGE = 4096
 _PACKAGE = str(Path(lrsd.__file__).parent)
 
+# Attributes of tensors that are tensors.
+_ATTRIBUTES = {"data", "grad", "T", "mT", "H", "mH", "real", "imag"}
 _TO_NUMPY = {"numpy", "__array__"}
 _MOVES = {"to", "cpu", "cuda", "type_as", "new_tensor"}
 # Calls that read no more than shape and type of their further tensors.
 _SHAPES = {"view_as", "reshape_as", "expand_as", "is_same_size", "_has_compatible_shallow_copy_type", "grad"}
+_MIXING = {"copy_"} | _MOVES | _SHAPES
 _INDEXING = {"__getitem__", "__setitem__", "index_put_"}
 # What ATen calls the operations that a program waits for: it needs to know a value, or how many there are.
 _WAITS = {
@@ -89,14 +93,17 @@ class Simulation(TorchFunctionMode):
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
     ) -> Any:
-        name, kwargs = func.__name__, dict(kwargs or {})
-        if name == "device":  # a torch.device is made
-            return func(*args, **kwargs)
+        name = func.__name__
         if name in ("__get__", "__set__"):
             name = func.__self__.__name__
             if func.__name__ == "__set__" and name == "data":
                 return self._exchange(func, *args)
-        given = list(_tensors((args, kwargs)))
+            if func.__name__ == "__get__" and name not in _ATTRIBUTES:
+                return func(*args)
+        elif name == "device":  # a torch.device is made
+            return func(*args, **(kwargs or {}))
+        kwargs = dict(kwargs or {})
+        given = _tensors((args, kwargs))
         self._require_together(name, args, given)
         if name in _TO_NUMPY:
             self._read_by_numpy(given[0])
@@ -174,7 +181,7 @@ class Simulation(TorchFunctionMode):
             return
         others = [t for t in given if not isinstance(t, OnDevice) and t.dim() > 0 and not t.is_meta]
         if others and name in _INDEXING and isinstance(args[0], OnDevice):
-            indexed = any(_tensors(args[1]))
+            indexed = bool(_tensors(args[1]))
             stray = [t for t in _tensors(args[2:]) if any(t is other for other in others)]
             if not (indexed and stray):
                 for tensor in others:
@@ -237,6 +244,7 @@ def simulated_device() -> Iterator[Simulation]:
         "torch.accelerator.is_available": lambda: True,
         "torch.accelerator.current_accelerator": lambda: DEVICE,
         "torch.cuda.get_device_name": lambda device=None: "simulated",
+        "torch.cuda.max_memory_allocated": lambda device=None: 0,
         "torch.cuda.synchronize": lambda device=None: simulation.waits(),
     }
     with ExitStack() as stack:
@@ -245,6 +253,19 @@ def simulated_device() -> Iterator[Simulation]:
         stack.enter_context(simulation)
         stack.enter_context(_Kernels(simulation))
         yield simulation
+
+
+@contextmanager
+def reckoning_alike() -> Iterator[None]:
+    """A CPU that computes what an accelerator is asked to: products of 16-bit numbers by torch's own kernels,
+    derivatives of attention by the plain formula."""
+    with ExitStack() as stack:
+        for module in ("samples", "replay"):
+            stack.enter_context(patch(f"lrsd.model.{module}.fast_products", lambda *_: nullcontext()))
+        stack.enter_context(
+            patch("lrsd.model.derivatives._repeatable", lambda _: sdpa_kernel(SDPBackend.MATH))
+        )
+        yield
 
 
 def bytes_on_device() -> int:
@@ -258,15 +279,18 @@ def _device_of(tensor: Tensor) -> torch.device:
     return DEVICE if isinstance(tensor, OnDevice) else tensor.device
 
 
-def _tensors(value: Any) -> Iterator[Tensor]:
+def _tensors(value: Any, found: list[Tensor] | None = None) -> list[Tensor]:
+    """Those within tuples, lists and dictionaries, in order."""
+    found = [] if found is None else found
     if isinstance(value, Tensor):
-        yield value
+        found.append(value)
     elif isinstance(value, tuple | list):
         for item in value:
-            yield from _tensors(item)
+            _tensors(item, found)
     elif isinstance(value, dict):
         for item in value.values():
-            yield from _tensors(item)
+            _tensors(item, found)
+    return found
 
 
 def _destination(

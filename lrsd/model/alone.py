@@ -45,6 +45,8 @@ def require_separable(model: PreTrainedModel, layout: Layout, example: Samples) 
             last = index + 1 == len(layout.blocks) or layout.blocks[index + 1].is_first
             if last and agrees:
                 agrees = _agree(replay.logits_from(index, example, before), logits)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # models raise errors of every kind
             raise _refusal(model, block.name, f"{type(error).__name__}: {error}") from error
         if not agrees:

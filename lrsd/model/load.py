@@ -158,7 +158,7 @@ def _unreadable(source: str) -> Iterator[None]:
     errors of every kind, is one line."""
     try:
         yield
-    except LrsdError:
+    except (LrsdError, torch.OutOfMemoryError):
         raise
     except Exception as error:
         raise InputError(f"cannot load {source}: {_first_line(error)}") from error

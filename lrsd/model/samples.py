@@ -89,6 +89,8 @@ def try_running(model: PreTrainedModel, example: Samples) -> None:
     try:
         with torch.inference_mode():
             run_model(model, example)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # models raise errors of every kind
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
         what = ", a model of several media (images, sound)," * reads_several_media(model.config)

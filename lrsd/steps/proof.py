@@ -49,6 +49,8 @@ def require_usable(source: SourceModel, samples: Samples, written: Path) -> str 
         found = logits_of(run_model(loaded.model, sample)).cpu()
     except LrsdError as error:
         raise CheckpointError(f"the result cannot be loaded, nothing was written: {error}") from error
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:  # models raise errors of every kind
         raise CheckpointError(
             f"the result cannot be run, nothing was written: {type(error).__name__}: {error}"

@@ -47,7 +47,7 @@ from lrsd.steps.observe import Observation
 from lrsd.steps.plan import Plan
 from lrsd.steps.source import SourceModel
 from lrsd.work.files import refusals, sync, write_json
-from lrsd.work.process import peak_rss
+from lrsd.work.process import device_peak, peak_rss, rounds_products
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,15 @@ def _manifest(done: Compressed, seconds: dict[str, float], nbytes: int, files: d
         model_class=type(loaded.model).__name__,
         untouched=_untouched(done.source),
         seconds={phase: round(spent, 2) for phase, spent in seconds.items()},
-        memory={"predicted": done.estimate.memory, "peak": peak_rss()},
+        memory=_memory(done),
     )
+
+
+def _memory(done: Compressed) -> dict[str, int]:
+    """Of the host, and of an accelerator where there is one."""
+    taken = {"predicted": done.estimate.memory, "peak": peak_rss()}
+    on_device = device_peak(done.source.loaded.model.device)
+    return taken if on_device is None else taken | {"device_peak": on_device}
 
 
 def model_name(source: str) -> str:
@@ -264,8 +271,10 @@ def _macs(layer: Fitted, shape: Shape) -> int:
 
 
 def _device_name(device: torch.device) -> str:
-    """The kind of device and its model: which one of several alike it is changes nothing."""
-    return f"{device.type} {torch.cuda.get_device_name(device)}" if device.type == "cuda" else device.type
+    """The kind of device and its model, which one of several alike changes nothing; and whether it rounds."""
+    if device.type != "cuda":
+        return device.type
+    return f"cuda {torch.cuda.get_device_name(device)}" + ", products in TF32" * rounds_products(device)
 
 
 def environment(recipe: Recipe) -> dict[str, str]:

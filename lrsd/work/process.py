@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
 from pathlib import Path
 
+import torch
+
 _M_MMAP_THRESHOLD = -3
 
 
@@ -34,9 +36,37 @@ def own_process(*changes: AbstractContextManager[None]) -> Iterator[Process]:
     it; a library call never does. changes: those to other packages.
     """
     with ExitStack() as stack:
-        for change in changes:
+        for change in (exact_products(), *changes):
             stack.enter_context(change)
         yield OwnProcess()
+
+
+@contextmanager
+def exact_products() -> Iterator[None]:
+    """Products and convolutions in float32 are just that on an accelerator, and the same in every run.
+
+    NVIDIA's containers ask for TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), whose ten bits are no better than
+    those of the weights; cuDNN uses it unasked, and has kernels that add in an order of the moment.
+    """
+    cudnn = torch.backends.cudnn
+    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
+    torch.set_float32_matmul_precision("highest")
+    cudnn.allow_tf32, cudnn.deterministic = False, True
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        cudnn.allow_tf32, cudnn.deterministic = before[1:]
+
+
+def rounds_products(device: torch.device) -> bool:
+    """Whether products in float32 are rounded to TF32 there."""
+    return device.type == "cuda" and torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def device_peak(device: torch.device) -> int | None:
+    """Most bytes that tensors have taken there at once; None of a CPU, and where torch does not count."""
+    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
 
 
 def peak_rss() -> int:
