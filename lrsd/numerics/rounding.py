@@ -31,6 +31,8 @@ STEPS_PER_OCTAVE = 8
 _STEP_RANGE = 255
 # Clipping of a group's range tried for a fixed-width grid, as fractions of it.
 _SHRINKS = tuple(1 - i / 20 for i in range(11))
+# Weights whose groups are fitted at once: few enough for a CPU's cache, many for an accelerator.
+_FITTED = 2**20
 
 
 @dataclass(frozen=True)
@@ -317,21 +319,28 @@ def round_groupwise(
 
 
 def _fit_groups(W_OI: Tensor, bits: int, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    top = 2**bits - 1
-    scales, zeros = [], []
-    for W_OB in W_OI.split(group, 1):
-        low_O, high_O = W_OB.amin(1).clamp(max=0), W_OB.amax(1).clamp(min=0)
-        best_O = torch.full_like(low_O, math.inf)
-        scale_O, zero_O = torch.ones_like(low_O), torch.zeros_like(low_O)
-        for shrink in _SHRINKS:
-            tried_O = ((high_O - low_O) * shrink / top).to(dtype).float()
-            tried_O = torch.where(tried_O > 0, tried_O, torch.ones_like(tried_O))
-            offset_O = (-low_O * shrink / tried_O).round().clamp(0, top)
-            codes_OB = (W_OB / tried_O[:, None] + offset_O[:, None]).round().clamp(0, top)
-            error_O = (((codes_OB - offset_O[:, None]) * tried_O[:, None] - W_OB) ** 2).sum(1)
-            better = error_O < best_O
-            best_O = torch.where(better, error_O, best_O)
-            scale_O, zero_O = torch.where(better, tried_O, scale_O), torch.where(better, offset_O, zero_O)
-        scales.append(scale_O)
-        zeros.append(zero_O)
-    return torch.stack(scales, 1), torch.stack(zeros, 1)
+    """Scales and zeros (O, G) float32, many groups at a time; the last one may be shorter."""
+    rows, columns = W_OI.shape
+    at_once = group * max(1, _FITTED // (rows * group))
+    whole = columns // group * group
+    parts = [part.reshape(rows, -1, group) for part in W_OI[:, :whole].split(at_once, 1) if whole]
+    if whole < columns:
+        parts.append(W_OI[:, None, whole:])
+    scales, zeros = zip(*(_fit_part(part, 2**bits - 1, dtype) for part in parts), strict=True)
+    return torch.cat(scales, 1), torch.cat(zeros, 1)
+
+
+def _fit_part(W_OGB: Tensor, top: int, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    low_OG, high_OG = W_OGB.amin(-1).clamp(max=0), W_OGB.amax(-1).clamp(min=0)
+    best_OG = torch.full_like(low_OG, math.inf)
+    scale_OG, zero_OG = torch.ones_like(low_OG), torch.zeros_like(low_OG)
+    for shrink in _SHRINKS:
+        tried_OG = ((high_OG - low_OG) * shrink / top).to(dtype).float()
+        tried_OG = torch.where(tried_OG > 0, tried_OG, torch.ones_like(tried_OG))
+        offset_OG = (-low_OG * shrink / tried_OG).round().clamp(0, top)
+        codes_OGB = (W_OGB / tried_OG[..., None] + offset_OG[..., None]).round().clamp(0, top)
+        error_OG = (((codes_OGB - offset_OG[..., None]) * tried_OG[..., None] - W_OGB) ** 2).sum(-1)
+        better = error_OG < best_OG
+        best_OG = torch.where(better, error_OG, best_OG)
+        scale_OG, zero_OG = torch.where(better, tried_OG, scale_OG), torch.where(better, offset_OG, zero_OG)
+    return scale_OG, zero_OG
