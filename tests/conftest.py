@@ -24,6 +24,7 @@ torch.set_num_threads(1)
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--record-golden", action="store_true", help="write tests/golden.json anew")
+    parser.addoption("--every-family", action="store_true", help="the simulated device: those alike, too")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

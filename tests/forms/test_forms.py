@@ -12,6 +12,7 @@ import pytest
 import torch
 from blocks import random_blocks
 from deflate import entropy_form
+from simulated import simulated_device
 from torch import Tensor
 
 from lrsd.errors import CheckpointError
@@ -243,6 +244,29 @@ def test_a_product_is_that_with_the_dense_matrix(generator: torch.Generator, mak
     scale = float(expected.abs().max())
     found = case.form.forward(loaded, x, case.shape)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+@every_case
+def test_on_an_accelerator_it_is_the_same_and_a_product_waits_for_nothing(
+    generator: torch.Generator, make: Make
+) -> None:
+    case = make(generator)
+    stored, shape = case.stored(torch.bfloat16), case.shape
+    expected_OI = case.form.dense(case.form.load(stored, shape), shape)
+    x = torch.randn(3, shape.in_features, generator=generator).bfloat16()
+    with simulated_device() as device:
+        moved = {name: tensor.to("cuda") for name, tensor in stored.items()}
+        case.form.check(moved, shape)
+        loaded = case.form.load(moved, shape)
+        again = case.form.encode(loaded, moved) if case.form.encoded else {}
+        dense_OI = case.form.dense(loaded, shape).cpu()
+        assert all(torch.equal(again[name].cpu(), stored[name]) for name in case.form.encoded)
+        x, waits = x.to("cuda"), device.syncs.total()
+        y = case.form.forward(loaded, x, shape)
+        assert y.device.type == "cuda"
+        # llama.cpp's blocks are opened by its own package, which reads numpy's arrays.
+        assert device.syncs.total() == waits or case.form.name == "ggml"
+    assert torch.equal(dense_OI, expected_OI)
 
 
 @every_case
