@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import click
 import pytest
+import torch
 from click.testing import CliRunner, Result
 from forks import Ended, run_in_fork
 from lrsd_cli.main import commands, main
@@ -400,3 +401,21 @@ def test_verify_names_what_is_missing_or_changed(run: Run, compressed: Path, tmp
     (copy / "lrsd.json").write_text(json.dumps(manifest | {"files": {}}))
     with pytest.raises(CheckpointError, match="holds no digests"):
         run("verify", copy)
+
+
+def test_full_memory_of_an_accelerator_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fails(*arguments: object, **named: object) -> None:
+        error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore about it.")
+        error.add_note("finished work is kept in out.partial")
+        raise error
+
+    monkeypatch.setattr(commands, "main", fails)
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    assert capsys.readouterr().err == (
+        "lrsd: CUDA out of memory. Tried to allocate 2.00 GiB. Lower --batch, or take a CPU with --device cpu; "
+        "finished work is kept in out.partial\n"
+    )

@@ -8,6 +8,7 @@ from typing import Any
 
 import gguf
 import pytest
+import torch
 from gguf import GGUFReader
 from gguf_files import write_llama
 from recipes import on
@@ -19,8 +20,9 @@ from lrsd.model.load import gguf_parsed_once, load_model, without_bars
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
+from lrsd.steps.write import environment
 from lrsd.work import process
-from lrsd.work.process import OwnProcess, Process, own_process
+from lrsd.work.process import OwnProcess, Process, own_process, rounds_products
 from lrsd.work.residency import Residence
 
 
@@ -35,6 +37,8 @@ def surroundings() -> tuple[Any, ...]:
     return (
         gguf.GGUFReader, modeling_gguf_pytorch_utils.tqdm, transformers_logging._tqdm_hook,
         transformers_logging.is_progress_bar_enabled(), transformers_logging.get_verbosity(),
+        torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.deterministic,
     )  # fmt: skip
 
 
@@ -110,6 +114,27 @@ def test_an_own_process_parses_a_header_once_and_puts_everything_back(
             assert len(parsed) == alone + times, "each model once: nothing is kept in between"
     assert alone > 1
     assert surroundings() == before
+
+
+def test_an_own_process_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = torch.device("cuda")
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")  # as NVIDIA's containers have it
+    try:
+        assert rounds_products(cuda)
+        assert not rounds_products(torch.device("cpu"))
+        with pytest.raises(InterruptedError), own_process():
+            assert not rounds_products(cuda)
+            assert not torch.backends.cudnn.allow_tf32
+            assert torch.backends.cudnn.deterministic
+            raise InterruptedError
+        assert rounds_products(cuda)
+        assert torch.backends.cudnn.allow_tf32
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "card")
+        monkeypatch.setattr("lrsd.steps.write.resolve_device", lambda device: cuda)
+        assert environment(Recipe.of(ratio=4))["device"] == "cuda card, products in TF32"
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.slow
