@@ -4,6 +4,7 @@ import ctypes
 import re
 import resource
 import sys
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import cache
@@ -48,15 +49,23 @@ def exact_products() -> Iterator[None]:
     NVIDIA's containers ask for TF32 (TORCH_ALLOW_TF32_CUBLAS_OVERRIDE), whose ten bits are no better than
     those of the weights; cuDNN uses it unasked, and has kernels that add in an order of the moment.
     """
-    cudnn = torch.backends.cudnn
-    before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
-    torch.set_float32_matmul_precision("highest")
-    cudnn.allow_tf32, cudnn.deterministic = False, True
+    before = _set_products("highest", False, True)
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        cudnn.allow_tf32, cudnn.deterministic = before[1:]
+        _set_products(*before)
+
+
+def _set_products(precision: str, tf32: bool, repeatable: bool) -> tuple[str, bool, bool]:
+    """Returns: what was set before."""
+    cudnn = torch.backends.cudnn
+    # torch 2.9 warns of these, but what it has in their place does not set what its older parts look at.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        before = torch.get_float32_matmul_precision(), cudnn.allow_tf32, cudnn.deterministic
+        torch.set_float32_matmul_precision(precision)
+        cudnn.allow_tf32, cudnn.deterministic = tf32, repeatable
+    return before
 
 
 def rounds_products(device: torch.device) -> bool:
