@@ -75,6 +75,7 @@ def compress(
                 prepared.replay, prepared.observation, prepared.plan, loaded.budget, recipe.method, progress,
                 journal,
             )  # fmt: skip
+            loaded.residence.offload()  # what is written is read on the host
             if loaded.gguf is not None:
                 fitted |= fit_embeddings(
                     loaded.loaded.model, loaded.embeddings, recipe.method, prepared.plan, journal

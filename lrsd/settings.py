@@ -203,6 +203,12 @@ class Run:
     """Where it runs, and what is written."""
 
     device: str = option("auto", "cpu, cuda, cuda:1, mps; auto: an accelerator that has float64, else cpu.")
+    device_memory: str | None = option(
+        None,
+        "Memory of an accelerator that this may take, e.g. 20GiB; blocks that do not fit wait on the host.",
+        metavar="SIZE",
+        shown="what is free on it",
+    )
     format: Format = option(
         "lrsd",
         "What is written: lrsd's own format; compressed-tensors, which vLLM, SGLang and transformers load "
@@ -215,6 +221,8 @@ class Run:
         check_options(self)
         if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", self.shard_size):
             raise SettingsError(f"shard-size must look like 5GB or 500MB, got {self.shard_size!r}")
+        if self.device_memory is not None:
+            parse_size(self.device_memory)
 
 
 def parse_size(text: str) -> int:

@@ -6,6 +6,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache
 
+from lrsd.work.onloading import compute_device
+
 
 def cached_pass(model: PreTrainedModel, tokens: Tensor, cache: Cache | None) -> tuple[Tensor, Cache]:
     """Logits of `tokens` (batch, T) after those that `cache` remembers, and the cache with them in it.
@@ -14,5 +16,5 @@ def cached_pass(model: PreTrainedModel, tokens: Tensor, cache: Cache | None) -> 
     name only.
     """
     name = "cache" if "cache" in signature(model.forward).parameters else "past_key_values"
-    output = model(tokens.to(model.device), **{name: cache}, use_cache=True)
+    output = model(tokens.to(compute_device(model)), **{name: cache}, use_cache=True)
     return output.logits, getattr(output, name)

@@ -238,6 +238,14 @@ def _chosen(
     return replace(group, linears=linears) if linears else None
 
 
+def block_names(model: PreTrainedModel) -> list[str]:
+    """Of the blocks that a model runs, in this order; experts are to be taken apart already.
+
+    Raises: InputError if it has none.
+    """
+    return [f"{name}.{index}" for name, blocks in _block_lists(model) for index in range(len(blocks))]
+
+
 def _block_lists(model: PreTrainedModel) -> list[tuple[str, nn.ModuleList]]:
     """The list of blocks, or the encoder's and the decoder's, in the order in which they run; of a model of
     several media that of its text decoder."""

@@ -19,6 +19,7 @@ from lrsd.model.arithmetic import fast_products
 from lrsd.model.layout import Block, Layout
 from lrsd.model.load import check_finite
 from lrsd.model.samples import Samples, logits_of, run_model
+from lrsd.work.onloading import compute_device
 from lrsd.work.streams import Stream
 from lrsd.work.world import World
 
@@ -101,6 +102,11 @@ class Replay:
             if len(alike) < 2:
                 alike.append(traced.calls)
         return Replay(model, layout, tuple(calls), entering, encoded, tuple(sizes), finished)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model runs."""
+        return compute_device(self.model)
 
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.layout.blocks[index].name)

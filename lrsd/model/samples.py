@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from lrsd.errors import InputError
 from lrsd.model.arithmetic import fast_products
 from lrsd.numerics.divergence import mean_divergence
+from lrsd.work.onloading import compute_device
 
 _TOKEN_INPUTS = ("input_ids", "decoder_input_ids")
 # An id that no token has.
@@ -58,14 +59,14 @@ class Samples:
 
 def run_model(model: PreTrainedModel, samples: Samples, **more: Any) -> Any:
     """The model's output; without a cache, which would remember what an earlier pass put into it."""
-    takes = signature(model.forward).parameters
-    inputs = {name: value.to(model.device) for name, value in samples.inputs.items()}
+    takes, device = signature(model.forward).parameters, compute_device(model)
+    inputs = {name: value.to(device) for name, value in samples.inputs.items()}
     for name, value in inputs.items():
         if value.is_floating_point():
             inputs[name] = value.to(model.dtype)
     if "use_cache" in takes:
         more["use_cache"] = False
-    with fast_products(model.dtype, model.device), _without_padding(model):
+    with fast_products(model.dtype, device), _without_padding(model):
         return model(**inputs, **more)
 
 

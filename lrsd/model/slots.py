@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 from lrsd.forms.base import Shape
 from lrsd.forms.layer import Layer
 from lrsd.forms.packed import PackedLinear
+from lrsd.work.onloading import compute_device
 
 
 class WeightSlot:
@@ -38,11 +39,11 @@ class WeightSlot:
     @property
     def bias(self) -> Tensor | None:
         bias = self.module.bias
-        return bias.detach() if isinstance(bias, Tensor) else None
+        return bias.detach().to(compute_device(self._model)) if isinstance(bias, Tensor) else None
 
     def read(self) -> Tensor:
-        """(O, I) float32 on its device."""
-        return self._turned(self.parameter).detach().float()
+        """(O, I) float32 where the model runs."""
+        return self._turned(self.parameter).detach().to(compute_device(self._model)).float()
 
     def write(self, W_OI: Tensor, bias_O: Tensor | None = None) -> None:
         """Put another weight in place, in the type of the old one; and another bias, where one is given."""

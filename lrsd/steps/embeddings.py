@@ -25,6 +25,7 @@ from lrsd.steps.observe import Observation
 from lrsd.steps.plan import Plan
 from lrsd.steps.sensitivity import in_float32, probe_samples
 from lrsd.work.journal import Workspace
+from lrsd.work.onloading import compute_device
 
 OBSERVE_STEP, FIT_STEP = "observe-embeddings", "fit-embeddings"
 # Tokens whose states the head's metric is taken of, for each of its columns.
@@ -90,9 +91,10 @@ def fit_embeddings(
     fitted = workspace.read(FIT_STEP, FittedBlock).layers
     for name, layer in fitted.items():
         if layer.entry is not None:
-            weight = _matrix(model, name)
+            weight = model.get_submodule(name).weight
+            assert isinstance(weight, Tensor)
             (form,) = parse_layer(name, layer.entry).terms
-            weight.copy_(form.dense(form.load(layer.tensors, Shape(*weight.shape)), Shape(*weight.shape)))
+            weight.detach().copy_(form.dense(form.load(layer.tensors, Shape(*weight.shape)), Shape(*weight.shape)))
     return fitted
 
 
@@ -140,7 +142,7 @@ def _fit(model: Model, name: str, gram_II: Tensor, method: Method, plan: Plan) -
     W_VI, choice = _matrix(model, name), plan.choices[name]
     if choice.is_dense:
         return Fitted(choice, 0.0, 0.0, Status(State.DENSE))
-    metric = Metric(gram_II.to(exact_device(model.device), torch.float64), damps_by_channel=True)
+    metric = Metric(gram_II.to(exact_device(compute_device(model)), torch.float64), damps_by_channel=True)
     parts = []
     for rows_RI in W_VI.split(_ROWS):
         parts.append(method.solve(LayerProblem(rows_RI.float(), metric, model.dtype, 0.0), choice))
@@ -160,9 +162,10 @@ def _fit(model: Model, name: str, gram_II: Tensor, method: Method, plan: Plan) -
 
 
 def _matrix(model: Model, name: str) -> Tensor:
+    """A matrix, where the model runs."""
     weight = model.get_submodule(name).weight
     assert isinstance(weight, Tensor)
-    return weight.detach()
+    return weight.detach().to(compute_device(model))
 
 
 def _energy(metric: Metric, W_VI: Tensor) -> float:
@@ -171,7 +174,7 @@ def _energy(metric: Metric, W_VI: Tensor) -> float:
 
 def _metric_of(model: Model, name: str, samples: Samples, W_VI: Tensor) -> Tensor:
     """(I, I) float64."""
-    device, width = exact_device(model.device), W_VI.shape[1]
+    device, width = exact_device(compute_device(model)), W_VI.shape[1]
     identity_II = torch.eye(width, dtype=torch.float64, device=device)
     head = model.get_output_embeddings()
     is_head = head is not None and (is_tied(model) or model.get_submodule(name) is head)

@@ -245,7 +245,7 @@ class _BlockFit:
             tensors, weight = {}, 0.0 if self.method.copies_dense else target.interpolation
             if weight:
                 slot.write(problem.unscaled(problem.W_OI))
-                tensors["weight"] = slot.parameter.detach()
+                tensors["weight"] = slot.parameter.detach().cpu()
             return Fitted(choice, 0.0, weight, Status(State.DENSE), tensors=tensors)
         try:
             if limit is None:
@@ -259,7 +259,6 @@ class _BlockFit:
         if self.plan.propagate:
             slot.write(found.W_OI, found.tensors.get("bias"))
         layer = replace(found.layer, transposed=slot.transposed)
-        device = slot.parameter.device
         return Fitted(
             replace(choice, nbytes=nbytes, kept=None),
             found.error,
@@ -267,7 +266,7 @@ class _BlockFit:
             replace(found.status, damping=max(found.status.damping, target.damping)),
             found.history,
             layer.to_dict(),
-            {name: tensor.to(device) for name, tensor in found.tensors.items()},
+            {name: tensor.cpu() for name, tensor in found.tensors.items()},
         )
 
     def _left_dense(self, name: str, reason: str) -> Fitted:

@@ -248,7 +248,7 @@ class _Stored(Mapping[str, GroupStatistics]):
     of G, of all layers of a large model, do not fit in memory beside it."""
 
     def __init__(self, workspace: Workspace, replay: Replay) -> None:
-        self._workspace, self._device = workspace, exact_device(replay.model.device)
+        self._workspace, self._device = workspace, exact_device(replay.device)
         blocks = enumerate(replay.layout.blocks)
         self._steps = {group.name: observe_step(index) for index, block in blocks for group in block.groups}
         self._last: tuple[str, BlockStatistics | None] = "", None
@@ -284,7 +284,7 @@ def block_statistics(
 
     weights: are noted as missing where the block cannot be differentiated.
     """
-    block, device = replay.layout.blocks[index], exact_device(replay.model.device)
+    block, device = replay.layout.blocks[index], exact_device(replay.device)
     found = {g.name: GroupStatistics(Moments(g.in_features, device)) for g in block.groups}
     squares: dict[str, Tensor] = {}
 

@@ -26,6 +26,7 @@ from lrsd.steps.plan import PLAN_STEP, Plan, choose_plan, may_propagate, needs_s
 from lrsd.steps.propagate import followed_batches
 from lrsd.steps.source import SourceModel
 from lrsd.work.journal import Journal
+from lrsd.work.onloading import compute_device
 
 # The journal's first step.
 TEXT_STEP = "text"
@@ -94,7 +95,7 @@ def prepare(
     source: SourceModel, recipe: Recipe, progress: Progress, clock: Clock, journal: Journal
 ) -> Prepared:
     """Read calibration text, observe, allocate, where the journal does not have it."""
-    journal.begin(source.loaded.model.device)
+    journal.begin(compute_device(source.loaded.model))
     if TEXT_STEP not in journal:
         text = calibration_samples(source.loaded, source.fingerprint, recipe.calibration, progress)
         journal.finish(TEXT_STEP, text)

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lrsd.checkpoint.reader import stored_bytes, written_tensors
 from lrsd.errors import CheckpointError, LrsdError
@@ -12,6 +12,7 @@ from lrsd.model.load import check_finite, load_model
 from lrsd.model.samples import Samples, logits_of, run_model
 from lrsd.model.types import Model
 from lrsd.steps.source import SourceModel
+from lrsd.work.onloading import compute_device
 from lrsd.work.process import current_rss, release_freed
 
 # Of the first calibration sample.
@@ -33,19 +34,24 @@ def require_usable(source: SourceModel, samples: Samples, written: Path) -> str 
     source: the model in memory, compressed. written: in lrsd's format, or one that other programs read.
     Returns: why it was not run, where it was not. Raises: CheckpointError.
     """
-    model, device = source.loaded.model, str(source.loaded.model.device)
+    model, device = source.loaded.model, compute_device(source.loaded.model)
     _require_same_tensors(dict(model.state_dict()), written)
     size = written.stat().st_size if written.is_file() else stored_bytes(written)
     needed = current_rss() + _LOADING + _LOADED * size
     limit = source.memory_limit
     if source.residence.paged or (limit is not None and needed > limit):
         return f"the result was read back, but not run: that may take {needed / 1e9:.2f} GB of memory"
+    if (onloading := source.residence.onloading) is not None:
+        source.residence.close()  # packed layers decode themselves where they are
+        if onloading.limit is not None and _LOADED * size > onloading.limit:
+            device = torch.device("cpu")
+        nn.Module.to(model, device)
     sample = samples[:1].cut(_TOKENS)
     expected = logits_of(run_model(model, sample)).cpu()
     check_finite("the compressed model's output", expected)
     _give_up(model)
     try:
-        loaded = load_model(str(written), dtype=str(model.dtype).removeprefix("torch."), device=device)
+        loaded = load_model(str(written), dtype=str(model.dtype).removeprefix("torch."), device=str(device))
         found = logits_of(run_model(loaded.model, sample)).cpu()
     except LrsdError as error:
         raise CheckpointError(f"the result cannot be loaded, nothing was written: {error}") from error

@@ -153,7 +153,7 @@ def pair_moments(
     writes = ends or residual is Residual.AMID
     weight_OI = weight_slot(replay.model, group.name).read()
     rows = group.linears[0].shape.out_features if writes else group.in_features
-    device = exact_device(replay.model.device)
+    device = exact_device(replay.device)
     parts = [
         (Moments(group.in_features, device), CrossMoments(rows, group.in_features, device)) for _ in range(2)
     ]

@@ -12,6 +12,7 @@ from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples, distance
 from lrsd.model.slots import weight_slot
 from lrsd.model.types import Model
+from lrsd.work.onloading import bring_outside
 
 # Tokens of a probe: set by the time they take, their effect on quality is not measured. The KL is read
 # off every second one, since the head costs as much as a third of all blocks.
@@ -64,6 +65,8 @@ def in_float32(
             )
             hooks.callback(enter.remove)
             hooks.callback(leave.remove)
+        if others:
+            bring_outside(model)
         widen(others)
         try:
             yield
@@ -98,7 +101,7 @@ class BlockProbe:
             self._index = 0
             self._before = self._replay.inputs[0][0]
             self._reference = self._answer()
-        self._enter(start, None if before is None else before.to(model.device, copy=True))
+        self._enter(start, None if before is None else before.to(self._replay.device, copy=True))
 
     @property
     def after(self) -> Tensor:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from lrsd.data.sources import mixture_identity
@@ -13,12 +14,13 @@ from lrsd.model.alone import require_separable
 from lrsd.model.embedding import embedding_names, packed_bytes
 from lrsd.model.experts import fusions, unfuse_experts
 from lrsd.model.gguf import GgufSource, match_gguf
-from lrsd.model.layout import Layout, find_layout
-from lrsd.model.load import LoadedModel, check_finite, fingerprint, load_model
+from lrsd.model.layout import Layout, block_names, find_layout
+from lrsd.model.load import LoadedModel, check_finite, fingerprint, load_model, resolve_device
 from lrsd.model.types import Model
 from lrsd.recipe import Recipe
-from lrsd.settings import Budget
+from lrsd.settings import Budget, Run, parse_size
 from lrsd.steps.embeddings import matrices_of
+from lrsd.work.onloading import free_memory
 from lrsd.work.process import Process, allowed_memory
 from lrsd.work.residency import Residence
 
@@ -80,7 +82,9 @@ def load_source(
     """
     limit = allowed_memory() if memory is None else memory
     text = mixture_identity(list(recipe.calibration.shares))
-    loaded = load_model(source, dtype=recipe.run.dtype, device=recipe.run.device, memory=limit)
+    device = resolve_device(recipe.run.device)
+    # Read to the host whatever the device: it need not hold all of them.
+    loaded = load_model(source, dtype=recipe.run.dtype, device="cpu", memory=limit)
     if loaded.directory is not None:
         list(companions(loaded.directory))  # what cannot be kept is better known now
     if getattr(loaded.model, "is_quantized", False):
@@ -88,6 +92,8 @@ def load_source(
     loaded.model.requires_grad_(False)  # derivatives are taken by outputs of layers, never by weights
     unfuse_experts(loaded.model)
     residence = Residence(loaded.model, limit, process)
+    if device.type != "cpu":
+        residence.onload(block_names(loaded.model), device, device_limit(recipe.run, device))
     example = loaded.kind.example(loaded.model)
     layout = find_layout(loaded.model, example, recipe.selection)
     if recipe.method.weighs_tokens:
@@ -106,6 +112,11 @@ def load_source(
         return SourceModel(loaded, layout, residence, limit, identity, text, budget, whole, file, embeddings)
     budget = linear_budget(loaded.model, linear, recipe.budget)
     return SourceModel(loaded, layout, residence, limit, identity, text, budget, whole)
+
+
+def device_limit(run: Run, device: torch.device) -> int | None:
+    """Bytes of an accelerator that may be taken; None: as many as there are."""
+    return free_memory(device) if run.device_memory is None else parse_size(run.device_memory)
 
 
 def _gguf_source(

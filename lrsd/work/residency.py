@@ -4,13 +4,15 @@ import ctypes
 import re
 import resource
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from lrsd.work.onloading import Onloading
 from lrsd.work.process import Process, _libc, _read, current_rss, release_freed
 
 _MADV_DONTNEED = 4
@@ -57,17 +59,20 @@ def _clean_mappings() -> Iterable[tuple[int, int]]:
 
 # A model that takes more than this share of the memory allowed is paged.
 _RESIDENT = 1 / 4
+# Pinned memory that the copying of a block takes, of its bytes: torch rounds every tensor's to a power of 2.
+_PINNED = 2
 # Bytes from which a tensor's memory is released at once, for weights that stay in memory and for paged ones:
 # 8 MiB cost no time and lowered the peak for SmolLM2-135M by a tenth, 1 MiB cost a third of the fit's.
 _LARGE = {False: 2**23, True: 2**20}
 
 
 class Residence:
-    """Which weights stay in memory. Those of a model that takes much of it, and is mapped from safetensors
-    files of the type it computes in, are paged (streamed from disk): released as soon as they were used, and
-    read again when needed.
+    """Which weights stay in memory, and which are on an accelerator. Those of a model that takes much of
+    memory, and is mapped from safetensors files of the type it computes in, are paged (streamed from disk):
+    released as soon as they were used, and read again when needed. What waits for an accelerator always is.
 
-    paged: whether that is so.
+    paged: whether weights are read from the files whenever they are used; onloading: what brings them to an
+    accelerator, where there is one.
     """
 
     def __init__(self, model: nn.Module, limit: int | None, process: Process | None = None) -> None:
@@ -75,6 +80,7 @@ class Residence:
         has run."""
         self._model, self._mapped = model, MappedFiles()
         self.paged = limit is not None and self._bytes(model) > _RESIDENT * limit
+        self.onloading: Onloading | None = None
         self._hooks: list[RemovableHandle] = []
         (process or Process()).release_at_once(_LARGE[self.paged])
         if self.paged:
@@ -82,33 +88,57 @@ class Residence:
                 pages = self._mapped.pages(module.parameters(recurse=False))
                 self._hooks.append(module.register_forward_hook(partial(_release, pages)))
 
+    def onload(self, blocks: Sequence[str], device: torch.device, limit: int | None) -> None:
+        """Have the model run on that accelerator, see `Onloading`. Raises: InputError."""
+        self._unhook()
+        self.paged = False
+        self.onloading = Onloading(self._model, blocks, device, limit, self._release_tensors)
+
+    def offload(self) -> None:
+        """All weights on the host."""
+        if self.onloading is not None:
+            self.onloading.offload()
+
     def close(self) -> None:
-        """Take the hooks off the model."""
+        """Take the hooks off the model; all weights on the host."""
+        self._unhook()
+        if self.onloading is not None:
+            self.onloading.close()
+
+    def _unhook(self) -> None:
         while self._hooks:
             self._hooks.pop().remove()
+
+    def _release_tensors(self, tensors: Iterable[Tensor]) -> None:
+        self._mapped.release(self._mapped.pages(tensors))
 
     def passing(self) -> Iterator[tuple[str, Tensor]]:
         """Every weight by its name, released when the next one is asked for."""
         for name, weight in self._model.state_dict().items():
             yield name, weight
-            if self.paged:
-                self._mapped.release(self._mapped.pages([weight]))
+            if self.paged or self.onloading is not None:
+                self._release_tensors([weight])
 
     def release(self, module: nn.Module) -> None:
-        """What was freed, and a module's weights."""
+        """What was freed, and a module's weights, which will not be used for a while."""
+        if self.onloading is not None:
+            self.onloading.finished(module)
         if self.paged:
-            self._mapped.release(self._mapped.pages(module.parameters()))
+            self._release_tensors(module.parameters())
         release_freed()
 
     def at_rest(self) -> int:
         """Bytes in memory with none of the mapped weights."""
-        self._mapped.release(self._mapped.pages(self._model.parameters()))
+        self._release_tensors(self._model.parameters())
         release_freed()
         return current_rss()
 
     def weights(self, blocks: Iterable[str], budget: int) -> int:
         """Bytes of mapped weights that will be in memory at once: all, plus those that take their place,
-        or those of one block and of none. blocks: the names of the model's."""
+        or those of one block and of none; with an accelerator what is on its way there. blocks: the names of
+        the model's."""
+        if self.onloading is not None:
+            return _PINNED * self.onloading.largest
         if not self.paged:
             return self._bytes(self._model) + budget
         sizes = [self._bytes(self._model.get_submodule(block)) for block in blocks]

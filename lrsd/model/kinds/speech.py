@@ -9,6 +9,7 @@ from torch import Tensor
 from lrsd.model.kinds.base import Kind, example_tokens, shifted_right
 from lrsd.model.samples import Samples
 from lrsd.model.types import Model
+from lrsd.work.onloading import compute_device
 
 # Tokens of a transcript at least: as many as a calibration sample has.
 _LEAST_TOKENS = 8
@@ -33,7 +34,7 @@ class Speech(Kind):
         features = tensors["input_features"].float()
         length = min(max(_LEAST_TOKENS, seqlen), model.config.max_target_positions - 1)
         targets = model.generate(  # type: ignore[operator]
-            features.to(model.device, model.dtype), max_new_tokens=length, min_new_tokens=length,
+            features.to(compute_device(model), model.dtype), max_new_tokens=length, min_new_tokens=length,
             do_sample=False,
         )  # fmt: skip
         read = shifted_right(model, targets[:, :length].cpu())
