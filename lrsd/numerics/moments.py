@@ -90,9 +90,8 @@ class Moments:
 
     def state(self) -> dict[str, Tensor]:
         """The sums for storage: the upper triangle of x x^T in float32, which its partial products had."""
-        rows, columns = torch.triu_indices(self.width, self.width, device=self._upper_II.device)
         return {
-            "upper": self._upper_II[rows, columns].float(),
+            "upper": torch.cat([row_I[i:].float() for i, row_I in enumerate(self._upper_II)]),
             "sum": self._sum_I,
             "count": torch.tensor(self.count),
             "weight": torch.tensor(self.weight, dtype=torch.float64),
@@ -102,8 +101,10 @@ class Moments:
     def from_state(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> "Moments":
         """What `state` was taken of, to float32."""
         moments = Moments(state["sum"].numel(), device, int(state["count"]), float(state["weight"]))
-        rows, columns = torch.triu_indices(moments.width, moments.width, device=device)
-        moments._upper_II[rows, columns] = state["upper"].to(device, torch.float64)
+        # Row by row: indices of all entries would take twice the memory of these.
+        widths = range(moments.width, 0, -1)
+        for row_I, stored in zip(moments._upper_II, state["upper"].to(device).split(list(widths)), strict=True):
+            row_I[len(row_I) - len(stored) :] = stored
         moments._sum_I += state["sum"].to(device)
         return moments
 

@@ -69,17 +69,23 @@ def hessian_factor(gram_II: Tensor, damping: float = DAMPING, *, by_channel: boo
     gram_II = gram_II.double()
     diagonal_I = gram_II.diagonal()
     order_I = diagonal_I.argsort(descending=True, stable=True)
-    ordered_II = gram_II[order_I][:, order_I]
+    backward_I = order_I.flip(0)
     scale = float(diagonal_I.mean()) or 1.0
-    identity_II = torch.eye(gram_II.shape[0], dtype=gram_II.dtype, device=gram_II.device)
     ridge_I = torch.full_like(diagonal_I, scale)
     if by_channel:
         ridge_I = diagonal_I[order_I].clamp(min=_LEAST_RIDGE * scale)
     while True:
         # With R R^T = G + damping and R upper triangular, U = R^-1: no explicit inverse of G is formed.
-        lower_II = cholesky((ordered_II + (damping * ridge_I).diag()).flip(0, 1))
+        # Of a wide layer every square takes gigabytes: none is held longer than it is needed.
+        damped_II = gram_II[backward_I][:, backward_I]
+        damped_II.diagonal().add_((damping * ridge_I).flip(0))
+        lower_II = cholesky(damped_II)
+        del damped_II
         if lower_II is not None and bool(diagonal_I.isfinite().all()):
-            upper_II = torch.linalg.solve_triangular(lower_II.flip(0, 1), identity_II, upper=True)
+            R_II = lower_II.flip(0, 1)
+            del lower_II
+            identity_II = torch.eye(len(R_II), dtype=R_II.dtype, device=R_II.device)
+            upper_II = torch.linalg.solve_triangular(R_II, identity_II, upper=True)
             return HessianFactor(order_I, upper_II.float(), damping if damping > first else 0.0)
         if not damping < 1e3 or not bool(
             diagonal_I.isfinite().all()

@@ -208,7 +208,7 @@ class Onloading:
                 if tensor.device != self.device or id(tensor) in shared:
                     continue
                 nbytes += tensor.nbytes
-                home, address = vars(tensor).pop(_HOME, (None, 0))
+                home, address = vars(tensor).pop(_HOME, (None, None))
                 tensor.data = home if tensor.data_ptr() == address else tensor.data.cpu()
         self._used.pop(part, None)
         return nbytes
