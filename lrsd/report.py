@@ -18,10 +18,11 @@ def summary_lines(manifest: Manifest) -> list[str]:
         lines.append(f"time            {seconds}")
     if {"peak", "predicted"} <= manifest.memory.keys():
         peak, predicted = manifest.memory["peak"], manifest.memory["predicted"]
-        line = f"memory          {_mb(peak)} of the host's at most, {_mb(predicted)} predicted"
-        if (on_device := manifest.memory.get("device_peak")) is not None:
-            line += f"; {_mb(on_device)} of the accelerator's"
-        lines.append(line)
+        lines.append(f"memory          {_mb(peak)} of the host's at most, {_mb(predicted)} predicted")
+    if (predicted := manifest.memory.get("device_predicted")) is not None:
+        peak_there = manifest.memory.get("device_peak")
+        line = f"{_mb(peak_there)} at most, " if peak_there is not None else ""
+        lines.append(f"device memory   {line}{_mb(predicted)} predicted")
     return lines
 
 
@@ -65,6 +66,11 @@ def plan_table(prepared: Prepared) -> str:
         f"time            {sum(prepared.seconds.values()):.0f} s so far, "
         f"about {prepared.remaining_seconds:.0f} s to go",
         f"memory          {_mb(prepared.resources.memory)} at most, as estimated",
+        *(
+            [f"device memory   {_mb(prepared.resources.device)} at most, as estimated"]
+            if prepared.resources.device
+            else []
+        ),
         f"disk            {_mb(prepared.resources.disk)} at most beside the output, as estimated",
     ])  # fmt: skip
 

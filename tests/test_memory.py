@@ -29,7 +29,13 @@ from lrsd.numerics.metric import Metric
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration, parse_size
-from lrsd.steps.estimate import ResourceEstimate, TimeEstimate, estimate_resources, estimate_time
+from lrsd.steps.estimate import (
+    ResourceEstimate,
+    Speed,
+    TimeEstimate,
+    estimate_resources,
+    estimate_time,
+)
 from lrsd.work.process import current_rss, peak_rss, release_freed
 from lrsd.work.residency import MappedFiles, Residence
 
@@ -150,14 +156,21 @@ def test_propagation_is_counted_for_the_methods_that_propagate_or_where_it_is_as
 def test_the_time_estimated_grows_with_the_text_and_with_propagation(
     tiny_model_dir: Path, rounds: bool
 ) -> None:
+    """Passes of a minute each per eight samples; products and roundings take next to nothing."""
     model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
     layout = find_layout(model, Samples({"input_ids": torch.zeros(1, 8, dtype=torch.int64)}))
-    short, long = (estimate_time(layout, 60.0, batches, batches, rounds=rounds) for batches in (2, 4))
-    assert short.total(propagate=False) == pytest.approx(180, rel=0.05)
-    assert long.total(propagate=False) == pytest.approx(360, rel=0.05)
-    assert short.total(propagate=True) == pytest.approx(540, rel=0.05)
-    few = estimate_time(layout, 60.0, 4, 2, rounds=rounds)
-    assert few.total(propagate=True) == pytest.approx(720, rel=0.05)
+    recipe = Recipe.of(ratio=4, bits="auto" if rounds else "16", allocation="kl")
+
+    def estimated(samples: int) -> TimeEstimate:
+        text = Samples({"input_ids": torch.zeros(samples, 8, dtype=torch.int64)})
+        return estimate_time(model, layout, text, recipe, Speed(1e-12, 1e-12, 1e-12), 60 * samples / 8)
+
+    short, long = estimated(16), estimated(32)
+    assert short.total(propagate=False) == pytest.approx(120, rel=0.05)
+    assert long.total(propagate=False) == pytest.approx(240, rel=0.05)
+    assert short.total(propagate=True) == pytest.approx(480, rel=0.05)
+    followed = 16 if rounds else 32
+    assert long.total(propagate=True) == pytest.approx(240 + 3 * 60 * followed / 8, rel=0.05)
     # Of a calibration pass that took twice as long as estimated, so will the rest.
     for propagate in (False, True):
         rest = short.total(propagate=propagate) - short.observe

@@ -103,7 +103,9 @@ class Moments:
         moments = Moments(state["sum"].numel(), device, int(state["count"]), float(state["weight"]))
         # Row by row: indices of all entries would take twice the memory of these.
         widths = range(moments.width, 0, -1)
-        for row_I, stored in zip(moments._upper_II, state["upper"].to(device).split(list(widths)), strict=True):
+        for row_I, stored in zip(
+            moments._upper_II, state["upper"].to(device).split(list(widths)), strict=True
+        ):
             row_I[len(row_I) - len(stored) :] = stored
         moments._sum_I += state["sum"].to(device)
         return moments

@@ -94,7 +94,9 @@ def fit_embeddings(
             weight = model.get_submodule(name).weight
             assert isinstance(weight, Tensor)
             (form,) = parse_layer(name, layer.entry).terms
-            weight.detach().copy_(form.dense(form.load(layer.tensors, Shape(*weight.shape)), Shape(*weight.shape)))
+            weight.detach().copy_(
+                form.dense(form.load(layer.tensors, Shape(*weight.shape)), Shape(*weight.shape))
+            )
     return fitted
 
 

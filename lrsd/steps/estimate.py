@@ -3,21 +3,24 @@
 import shutil
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 
 from lrsd.errors import InputError
-from lrsd.model.layout import Block, Layout
+from lrsd.model.layout import Block, InputGroup, Layout
+from lrsd.model.load import exact_device
 from lrsd.model.samples import Samples
 from lrsd.model.types import Model
 from lrsd.numerics.divergence import DISTANCE_VALUES
+from lrsd.numerics.metric import Metric
+from lrsd.numerics.rounding import round_entropy_coded
 from lrsd.recipe import Recipe
 from lrsd.settings import parse_size
-from lrsd.steps.plan import compared_rows, may_propagate, needs_sensitivity
+from lrsd.steps.plan import compared_rows, compared_samples, may_compare, may_propagate, needs_sensitivity
 from lrsd.steps.propagate import followed
-from lrsd.steps.sensitivity import probe_rows
+from lrsd.steps.sensitivity import probe_rows, probe_samples
 from lrsd.work.process import peak_rss
 from lrsd.work.residency import Residence
 
@@ -28,6 +31,9 @@ _SQUARES, _WEIGHTS = 5, 4
 # parts, those of all in both models, G as it moved, damped, and factors; own weights, targets and steps of
 # all its layers together.
 _PAIR_SQUARES, _PAIR_WEIGHTS = 15, 8
+# Of an accelerator's run, on the host: float32 halves of a block's squares on their way to disk, and of a
+# layer that is rounded there, float32 weights, codes and what becomes of them, and a factor.
+_STORED_SQUARES, _ROUNDED_WEIGHTS, _ROUNDED_SQUARES = 2, 16, 4
 # Activations that a derivative keeps, as multiples of what goes into a block's layers and comes out of them.
 _KEPT = 2
 # Float32 copies of logits while two models' are compared: their log-probabilities, and what becomes of them.
@@ -37,22 +43,74 @@ _MENU = 20_000
 # Streams of hidden states on disk at once: entering block 0, entering this block, leaving it; and of the
 # samples that propagation follows a pair instead of one, and what the block's last layer adds to the stream.
 _STREAMS, _PAIR_STREAMS = 3, 3
-# Time as multiples of one pass over the calibration text, of the calibration pass and, over the samples that
-# are followed, of a fit that propagates; and of one product W G of every layer in float64, with codes and at
-# 16 bit, of each. Fitted to SmolLM2-135M on two cores (`scripts/bench_peer_time.py`,
-# `scripts/bench_time.py --bits 16`): a rough guess anywhere else.
-_OBSERVE_PASSES, _FIT_PASSES = 1.5, 3
-_OBSERVE_PRODUCTS, _FIT_PRODUCTS = {True: 42, False: 48}, {True: 13, False: 72}
-# Side of the matrices by which the machine's speed is taken.
-_SIDE = 1024
+# Passes over the calibration text of the calibration pass and, over the samples that are followed, of a fit
+# that propagates: dense, up to each group, and compressed.
+_OBSERVE_PASSES, _FIT_PASSES = 1, 3
+# Moments of a group's inputs that propagation takes, as multiples of those of the calibration pass: of both
+# models, and across, of which there is no half to leave out.
+_PAIR_MOMENTS = 3.7
+# Of the products that a square of moments takes, those that its upper triangle does.
+_TRIANGLE = 5 / 8
+# Multiply-adds in float64 and in float32, as multiples of one product W G of every layer, of the calibration
+# pass, of the fit and of what propagation adds to it, with codes and at 16 bit; of a comparison of plans.
+# Counted by a dispatch mode on a Llama of 4 blocks of 576 x 1536, factorizations and eigenvalues as
+# n^3 / 6 and 4.5 n^3.
+_OBSERVE_PRODUCTS = {True: (1.0, 12.5), False: (8.0, 13.5)}
+_FIT_PRODUCTS = {True: (3.0, 2.5), False: (7.0, 2.2)}
+_PAIR_PRODUCTS = {True: (3.5, 8.2), False: (2.5, 7.6)}
+_COMPARE_PRODUCTS = (0.0, 17.5)
+# How often every weight is rounded to entropy-coded columns meanwhile, counted there too.
+_OBSERVE_ROUNDED, _FIT_ROUNDED, _PAIR_ROUNDED = 4.0, 1.0, 0.2
+# Side of the matrices by which the speed of a CPU is taken, and of an accelerator, which a smaller one would
+# not fill; the layer by which that of rounding is.
+_SIDES, _ROUNDED_SHAPE = {True: 1024, False: 4096}, (512, 128)
 
 
 @dataclass(frozen=True)
 class ResourceEstimate:
-    """Bytes that a compression will hold in memory at its worst moment, and on disk at once."""
+    """Bytes that a compression will hold in the host's memory at its worst moment, on disk at once, and on an
+    accelerator: 0 without one. working: of the accelerator's those that are not for weights."""
 
     memory: int
     disk: int
+    device: int = 0
+    working: int = 0
+
+
+@dataclass(frozen=True)
+class Operations:
+    """What something comes to. passes: over the calibration text, through all blocks; double, single:
+    multiply-adds in float64 and float32; rounded: weights to entropy-coded columns."""
+
+    passes: float = 0.0
+    double: float = 0.0
+    single: float = 0.0
+    rounded: float = 0.0
+
+    def __add__(self, other: "Operations") -> "Operations":
+        return Operations(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Seconds per multiply-add in float64 and float32, and per weight that is rounded, where each is done."""
+
+    double: float
+    single: float
+    rounded: float
+
+    @staticmethod
+    def measured(device: torch.device) -> "Speed":
+        """device: where the model runs."""
+        solver = exact_device(device)
+        return Speed(
+            _per_product(torch.float64, solver), _per_product(torch.float32, device), _per_rounded(solver)
+        )
+
+    def seconds(self, work: Operations, per_pass: float) -> float:
+        """per_pass: of one pass."""
+        products = work.double * self.double + work.single * self.single
+        return work.passes * per_pass + products + work.rounded * self.rounded
 
 
 @dataclass(frozen=True)
@@ -71,6 +129,16 @@ class TimeEstimate:
         return (self.fit + self.propagate * propagate) * observed / self.observe
 
 
+@dataclass(frozen=True)
+class _Working:
+    """Bytes of one moment's working set: where the model runs, where moments and solvers are, and on the host
+    where these are elsewhere."""
+
+    model: int = 0
+    solver: int = 0
+    host: int = 0
+
+
 def estimate_resources(
     model: Model,
     layout: Layout,
@@ -82,58 +150,101 @@ def estimate_resources(
     """What the calibration pass and the fit will take.
 
     Memory: what is there at rest, weights, menus, and the largest working set, that of a block's replay
-    and moments, of a layer's solver, or of a probe, which widens a block and what is in none to float32.
+    and moments, of a layer's solver, or of a probe, which widens a block and what is in none to float32. With
+    an accelerator: the largest block, what is in none, and the largest working set there.
     Hidden states, moments and finished layers are on disk.
     """
     parameters = list(model.parameters())
     value = parameters[0].element_size()
-    propagate = may_propagate(recipe)
-    in_blocks = {p for block in layout.blocks for p in model.get_submodule(block.name).parameters()}
-    outside = sum(4 * p.numel() for p in parameters if p not in in_blocks)
-    replayed, vocabulary = samples[: recipe.calibration.batch].positions, _vocabulary(model)
-    working = [0]
-    for block in layout.blocks:
-        moments = sum(8 * group.in_features**2 for group in block.groups)
-        working += [moments + size for size in _solving(block, replayed, value)]
-        if recipe.method.weighs_rows or recipe.method.weighs_tokens:
-            working.append(moments + _differentiating(block, replayed))
-        if propagate:
-            working += [moments + size for size in _propagating(block)]
-        if needs_sensitivity(recipe):
-            widened = sum(4 * p.numel() for p in model.get_submodule(block.name).parameters())
-            # Of the block as it is perturbed, and of one that runs after it; torch's and the block's own.
-            working.append(moments + outside + 3 * widened + _comparing(probe_rows(samples) * vocabulary))
     kept = sum(p.nbytes for p in parameters) - sum(spec.shape.dense_bytes for spec in layout.linears.values())
-    if recipe.method.allocation(recipe.budget.allocation) == "auto":
-        logits = compared_rows(samples) * vocabulary
-        working.append(value * logits + _comparing(logits))
-    working.append(min(parse_size(recipe.run.shard_size), kept + budget))
-    if recipe.run.format == "gguf":  # embedding and head, rounded beside the widened ones
-        working.append(2 * outside + _comparing(probe_rows(samples) * vocabulary))
+    working = list(_working_sets(model, layout, samples, recipe, kept + budget))
+    onloading = residence.onloading
     weights = residence.weights((block.name for block in layout.blocks), budget)
-    memory = residence.at_rest() + weights + _MENU * len(layout.linears) + max(working)
+    memory = residence.at_rest() + weights + _MENU * len(layout.linears)
+    device = on_device = 0
+    if onloading is None:
+        memory += max(max(w.model + w.solver, w.host) for w in working)
+    else:
+        exact = exact_device(onloading.device) == onloading.device
+        on_device = max(w.model + w.solver * exact for w in working)
+        device = onloading.least + on_device
+        memory += max(w.host + w.solver * (not exact) for w in working)
+    disk = _disk(model, layout, samples, recipe, value, budget, kept)
+    return ResourceEstimate(max(memory, peak_rss()), disk, device, on_device)
+
+
+def _disk(
+    model: Model, layout: Layout, samples: Samples, recipe: Recipe, value: int, budget: int, kept: int
+) -> int:
+    """The larger of what plans are compared with, dense approximations and logits, and of what is fitted and
+    written. kept: bytes of weights that are not compressed."""
     stored = sum(2 * group.in_features**2 for group in layout.groups)
     hidden = samples.positions * _STREAMS * layout.stream_width
-    if propagate:
+    compared = 0
+    if may_compare(recipe):
+        weights = sum(spec.shape.dense_bytes // 2 for spec in layout.linears.values())
+        compared = value * weights + 4 * compared_samples(samples) * compared_rows(samples) * _vocabulary(
+            model
+        )
+    paired = 0
+    if may_propagate(recipe):
         inputs = max(sum(group.in_features for group in block.groups) for block in layout.blocks)
         least = followed(rounds=recipe.method.rounds)
         positions = samples[: least + recipe.calibration.batch - 1].positions
-        hidden += positions * (_PAIR_STREAMS * layout.stream_width + inputs)
+        paired = positions * (_PAIR_STREAMS * layout.stream_width + inputs)
     written = (
         2 if recipe.run.format == "compressed-tensors" else 1
     )  # another format is written from the first
-    disk = stored + value * hidden + budget + written * (budget + kept)
-    return ResourceEstimate(max(memory, peak_rss()), disk)
+    fitted = value * paired + budget + written * (budget + kept)
+    return stored + value * hidden + max(compared, fitted)
 
 
-def _solving(block: Block, replayed: int, value: int) -> Iterator[int]:
-    """Working sets of a block's replay and of its layers' solvers, on top of the block's moments."""
+def _working_sets(
+    model: Model, layout: Layout, samples: Samples, recipe: Recipe, stored: int
+) -> Iterator[_Working]:
+    """stored: bytes of the result."""
+    parameters = list(model.parameters())
+    value = parameters[0].element_size()
+    in_blocks = {p for block in layout.blocks for p in model.get_submodule(block.name).parameters()}
+    outside = sum(4 * p.numel() for p in parameters if p not in in_blocks)
+    replayed, vocabulary = samples[: recipe.calibration.batch].positions, _vocabulary(model)
+    probed = _comparing(probe_rows(samples) * vocabulary)
+    for block in layout.blocks:
+        moments = sum(8 * group.in_features**2 for group in block.groups)
+        saved = sum(_STORED_SQUARES * group.in_features**2 for group in block.groups)
+        yield _Working(_replaying(block, replayed, value), moments, saved)
+        for solver, host in _solving(block):
+            yield _Working(0, moments + solver, host)
+        if recipe.method.weighs_rows or recipe.method.weighs_tokens:
+            yield _Working(_differentiating(block, replayed), moments)
+        if may_propagate(recipe):
+            for size in _propagating(block):
+                yield _Working(0, moments + size)
+        if needs_sensitivity(recipe):
+            widened = sum(4 * p.numel() for p in model.get_submodule(block.name).parameters())
+            # Of the block as it is perturbed, and of one that runs after it; torch's and the block's own.
+            yield _Working(outside + 3 * widened + probed, moments)
+    if may_compare(recipe):
+        logits = compared_rows(samples) * vocabulary
+        yield _Working(value * logits + _comparing(logits))
+    yield _Working(host=min(parse_size(recipe.run.shard_size), stored))
+    if recipe.run.format == "gguf":  # embedding and head, rounded beside the widened ones
+        yield _Working(2 * outside + probed, 0, 2 * outside)
+
+
+def _replaying(block: Block, replayed: int, value: int) -> int:
+    """What goes into a block's layers and comes out of them, and one of them widened."""
     widths = [group.in_features for group in block.groups]
     outputs = [spec.shape.out_features for group in block.groups for spec in group.linears]
-    yield replayed * (value * (sum(widths) + sum(outputs)) + 4 * max(widths, default=0))
+    return replayed * (value * (sum(widths) + sum(outputs)) + 4 * max(widths, default=0))
+
+
+def _solving(block: Block) -> Iterator[tuple[int, int]]:
+    """Working sets of its layers' solvers, on top of the block's moments, and on an accelerator's host."""
     for group in block.groups:
+        square = group.in_features**2
         layer = group.in_features * max(spec.shape.out_features for spec in group.linears)
-        yield 8 * (_SQUARES * group.in_features**2 + _WEIGHTS * layer)
+        yield 8 * (_SQUARES * square + _WEIGHTS * layer), _ROUNDED_SQUARES * square + _ROUNDED_WEIGHTS * layer
 
 
 def _differentiating(block: Block, replayed: int) -> int:
@@ -163,39 +274,143 @@ def _vocabulary(model: Model) -> int:
     return head.weight.shape[0] if head is not None else 0
 
 
+def count_observing(model: Model, layout: Layout, samples: Samples, recipe: Recipe) -> Operations:
+    """Of the calibration pass: derivatives, moments, menus and probes."""
+    tokens, probed = samples.positions, probe_samples(samples).positions
+    double, single = (n * _products(layout) for n in _OBSERVE_PRODUCTS[recipe.method.rounds])
+    single += _of_moments(model, layout, tokens)
+    passes = float(_OBSERVE_PASSES)
+    if recipe.method.weighs_tokens:
+        passes += 2  # back through every block
+    if needs_sensitivity(recipe):
+        blocks = [_of_pass(model, [block], probed) for block in layout.blocks]
+        # A probe of a block runs all that follow it, and the head.
+        single += sum(number * block for number, block in enumerate(blocks, 1))
+        single += len(blocks) * probe_rows(samples) * _vocabulary(model) * layout.stream_width
+    return Operations(passes, double, single, _OBSERVE_ROUNDED * _rounded(layout, recipe))
+
+
+def count_fitting(layout: Layout, recipe: Recipe) -> Operations:
+    """Of the fit without propagation, and of the comparison of plans, where it is likely."""
+    double, single = (n * _products(layout) for n in _FIT_PRODUCTS[recipe.method.rounds])
+    found = Operations(0, double, single, _FIT_ROUNDED * _rounded(layout, recipe))
+    if may_compare(recipe) and not recipe.method.rounds:
+        double, single = (n * _products(layout) for n in _COMPARE_PRODUCTS)
+        found += Operations(2, double, single)
+    return found
+
+
+def count_propagating(model: Model, layout: Layout, samples: Samples, recipe: Recipe) -> Operations:
+    """Of what propagation adds to it."""
+    double, single = (n * _products(layout) for n in _PAIR_PRODUCTS[recipe.method.rounds])
+    least = min(followed(rounds=recipe.method.rounds), len(samples))
+    part = samples[:least].positions
+    single += _PAIR_MOMENTS * _of_moments(model, layout, part)
+    passes = _FIT_PASSES * part / samples.positions
+    return Operations(passes, double, single, _PAIR_ROUNDED * _rounded(layout, recipe))
+
+
+def count_pass(model: Model, layout: Layout, samples: Samples) -> int:
+    """Multiply-adds of one pass through all blocks, attention's own left out."""
+    return int(_of_pass(model, layout.blocks, samples.positions))
+
+
 def estimate_time(
-    layout: Layout, per_batch: float, batches: int, propagated: int, *, rounds: bool
+    model: Model, layout: Layout, samples: Samples, recipe: Recipe, speed: Speed, per_pass: float
 ) -> TimeEstimate:
-    """Roughly. per_batch: seconds of one batch through all blocks; propagated: batches that are followed;
-    rounds: whether to integers."""
-    left = torch.randn(_SIDE, _SIDE, dtype=torch.float64)
+    """Roughly. per_pass: seconds of one pass over all samples, through all blocks."""
+    counted = (
+        count_observing(model, layout, samples, recipe),
+        count_fitting(layout, recipe),
+        count_propagating(model, layout, samples, recipe),
+    )
+    return TimeEstimate(*(speed.seconds(work, per_pass) for work in counted))
+
+
+def _products(layout: Layout) -> int:
+    return sum(s.shape.out_features * s.shape.in_features**2 for s in layout.linears.values())
+
+
+def _rounded(layout: Layout, recipe: Recipe) -> int:
+    if not getattr(recipe.method, "entropy_coded", False):
+        return 0
+    return sum(spec.shape.out_features * spec.shape.in_features for spec in layout.linears.values())
+
+
+def _of_moments(model: Model, layout: Layout, tokens: int) -> float:
+    reach = _Reach(model, layout)
+    return sum(_TRIANGLE * reach(group, tokens) * group.in_features**2 for group in layout.groups)
+
+
+def _of_pass(model: Model, blocks: list[Block] | tuple[Block, ...], tokens: int) -> float:
+    reach = _Reach(model, Layout(tuple(blocks), 0))
+    return sum(
+        reach(group, tokens) * group.in_features * spec.shape.out_features
+        for block in blocks
+        for group in block.groups
+        for spec in group.linears
+    )
+
+
+class _Reach:
+    """How many of so many tokens reach a group: all, or an expert's share."""
+
+    def __init__(self, model: Model, layout: Layout) -> None:
+        config = model.config.get_text_config()
+        self._chosen = getattr(config, "num_experts_per_tok", None) or 1
+        self._experts: dict[str, int] = {}
+        for group in layout.groups:
+            if group.routed:
+                self._experts[group.routed] = self._experts.get(group.routed, 0) + 1
+
+    def __call__(self, group: InputGroup, tokens: int) -> float:
+        return tokens * min(1.0, self._chosen / self._experts[group.routed]) if group.routed else tokens
+
+
+def _per_product(dtype: torch.dtype, device: torch.device) -> float:
+    """Seconds per multiply-add, where that is done."""
+    side = _SIDES[device.type == "cpu"]
+    left = torch.randn(side, side, dtype=dtype).to(device)
+    float((left @ left)[0, 0])  # libraries are loaded, and clocks raised
     start = time.perf_counter()
-    left @ left
-    per_product = (time.perf_counter() - start) / _SIDE**3
-    products = per_product * sum(
-        s.shape.out_features * s.shape.in_features**2 for s in layout.linears.values()
-    )
-    return TimeEstimate(
-        _OBSERVE_PASSES * per_batch * batches + _OBSERVE_PRODUCTS[rounds] * products,
-        _FIT_PRODUCTS[rounds] * products,
-        _FIT_PASSES * per_batch * propagated,
-    )
+    float((left @ left)[0, 0])  # a value to wait for
+    return (time.perf_counter() - start) / side**3
 
 
-def check_resources(needs: ResourceEstimate, directory: Path, limit: int | None) -> None:
+def _per_rounded(device: torch.device) -> float:
+    """Seconds per weight that is rounded, on all cores."""
+    generator = torch.Generator().manual_seed(0)
+    W_OI = torch.randn(_ROUNDED_SHAPE, generator=generator).to(device)
+    factor = Metric(torch.eye(_ROUNDED_SHAPE[1], dtype=torch.float64, device=device)).factor
+    round_entropy_coded(W_OI, factor, 0.1)  # compiled now
+    start = time.perf_counter()
+    float(round_entropy_coded(W_OI, factor, 0.1).codes_OI[0, 0])
+    return (time.perf_counter() - start) / W_OI.numel()
+
+
+def check_resources(
+    needs: ResourceEstimate, directory: Path, limit: int | None, device_limit: int | None = None
+) -> None:
     """Raises: InputError if the disk or the memory that a compression needs is not there.
 
-    Args: directory: where finished work goes; limit: bytes of memory allowed.
+    Args: directory: where finished work goes; limit, device_limit: bytes of the host's and of the
+        accelerator's memory allowed.
     """
     if limit is not None and needs.memory > limit:
         raise InputError(
             f"this needs about {needs.memory / 1e9:.2f} GB of memory, {limit / 1e9:.2f} GB are allowed; "
             "lower --batch, --seqlen or --shard-size, or allow more with --memory"
         )
+    if device_limit is not None and needs.device > device_limit:
+        raise InputError(
+            f"this needs about {needs.device / 1e9:.2f} GB of device memory, {device_limit / 1e9:.2f} GB are "
+            "allowed; lower --batch or --seqlen, leave the widest layers dense with --exclude, allow more "
+            "with --device-memory, or take --device cpu"
+        )
     done = sum(path.stat().st_size for path in directory.rglob("*"))
     free = shutil.disk_usage(directory).free + done
     if needs.disk > free:
         raise InputError(
             f"this needs about {needs.disk / 1e9:.2f} GB of disk, {directory} has {free / 1e9:.2f} GB; "
-            "choose an output directory on a larger disk, or lower --samples"
+            "choose an output directory on a larger disk, or lower --samples or --seqlen"
         )

@@ -83,6 +83,16 @@ def needs_sensitivity(recipe: Recipe) -> bool:
     return recipe.method.allocation(recipe.budget.allocation) in ("auto", "kl")
 
 
+def may_compare(recipe: Recipe) -> bool:
+    """Whether plans may be compared on held-out text: if the one by sensitivities promises a large loss."""
+    return recipe.method.allocation(recipe.budget.allocation) == "auto"
+
+
+def compared_samples(samples: Samples) -> int:
+    """Samples on which plans are compared, one after the other."""
+    return min(_COMPARED_SAMPLES, len(samples) - fitted_samples(len(samples)))
+
+
 def compared_rows(samples: Samples) -> int:
     """Rows of logits of one sample on which plans are compared."""
     return samples[:1].cut(_COMPARED_TOKENS).positions

@@ -16,6 +16,7 @@ from lrsd.recipe import Recipe
 from lrsd.steps.embeddings import observe_embeddings
 from lrsd.steps.estimate import (
     ResourceEstimate,
+    Speed,
     TimeEstimate,
     check_resources,
     estimate_resources,
@@ -23,7 +24,6 @@ from lrsd.steps.estimate import (
 )
 from lrsd.steps.observe import Observation, fitted_samples, observe_model
 from lrsd.steps.plan import PLAN_STEP, Plan, choose_plan, may_propagate, needs_sensitivity
-from lrsd.steps.propagate import followed_batches
 from lrsd.steps.source import SourceModel
 from lrsd.work.journal import Journal
 from lrsd.work.onloading import compute_device
@@ -83,6 +83,7 @@ class Prepared:
             "seconds": self.seconds,
             "remaining_seconds": self.remaining_seconds,
             "predicted_memory_bytes": self.resources.memory,
+            "predicted_device_memory_bytes": self.resources.device,
             "predicted_disk_bytes": self.resources.disk,
             "layers": {
                 name: {"bytes": choice.nbytes, "error": choice.error, "parameters": choice.parameters}
@@ -129,7 +130,12 @@ def start_replay(
     """
     loaded, layout, residence = source.loaded, source.layout, source.residence
     needs = estimate_resources(loaded.model, layout, samples, recipe, residence, source.budget)
-    check_resources(needs, journal.directory, source.memory_limit)
+    onloading = residence.onloading
+    check_resources(
+        needs, journal.directory, source.memory_limit, None if onloading is None else onloading.limit
+    )
+    if onloading is not None:
+        onloading.reserved = needs.working
     fitted = fitted_samples(len(samples))
     # No batch holds samples of both parts, so that plans can be compared without those held out.
     parts = samples[:fitted], samples[fitted:]
@@ -137,13 +143,8 @@ def start_replay(
     start = time.perf_counter()
     replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.release)
     per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
-    seconds = estimate_time(
-        layout,
-        per_batch,
-        len(batches),
-        followed_batches(replay, rounds=recipe.method.rounds),
-        rounds=recipe.method.rounds,
-    )
+    speed = Speed.measured(replay.device)
+    seconds = estimate_time(loaded.model, layout, samples, recipe, speed, per_batch * len(batches))
     left = 1 - (journal.count("observe-") + journal.count("fit-")) / (2 * len(layout.blocks))
     minutes = left * seconds.total(propagate=may_propagate(recipe)) / 60
     if loaded.ignored:
@@ -158,7 +159,9 @@ def start_replay(
             f"{loaded.rounded[0]} among them; --dtype chooses another one"
         )
     progress.note(
-        f"needs about {needs.memory / 1e9:.2f} GB of memory, {needs.disk / 1e9:.2f} GB of disk, "
+        f"needs about {needs.memory / 1e9:.2f} GB of memory, "
+        + f"{needs.device / 1e9:.2f} GB of {replay.device}, " * (onloading is not None)
+        + f"{needs.disk / 1e9:.2f} GB of disk, "
         f"{math.ceil(minutes)} min" + "; weights are paged (streamed from disk)" * residence.paged
     )
     return replay, needs, seconds

@@ -47,6 +47,7 @@ from lrsd.steps.observe import Observation
 from lrsd.steps.plan import Plan
 from lrsd.steps.source import SourceModel
 from lrsd.work.files import refusals, sync, write_json
+from lrsd.work.onloading import compute_device
 from lrsd.work.process import device_peak, peak_rss, rounds_products
 
 
@@ -178,10 +179,14 @@ def _manifest(done: Compressed, seconds: dict[str, float], nbytes: int, files: d
 
 
 def _memory(done: Compressed) -> dict[str, int]:
-    """Of the host, and of an accelerator where there is one."""
-    taken = {"predicted": done.estimate.memory, "peak": peak_rss()}
-    on_device = device_peak(done.source.loaded.model.device)
-    return taken if on_device is None else taken | {"device_peak": on_device}
+    """Bytes, predicted and at most: of the host, of the disk, and of an accelerator where there is one."""
+    needs = done.estimate
+    found = {"predicted": needs.memory, "peak": peak_rss(), "disk_predicted": needs.disk}
+    if needs.device:
+        found["device_predicted"] = needs.device
+    if (on_device := device_peak(compute_device(done.source.loaded.model))) is not None:
+        found["device_peak"] = on_device
+    return found
 
 
 def model_name(source: str) -> str:

@@ -45,12 +45,6 @@ def free_memory(device: torch.device) -> int | None:
     return None if free is None else int((1 - _SPARE) * free)
 
 
-def peak_device_memory(device: torch.device) -> int | None:
-    """Most bytes of tensors that were on it at once; None where torch does not count them."""
-    counted = device.type == "cuda" and torch.cuda.is_available()
-    return torch.cuda.max_memory_allocated(device) if counted else None
-
-
 class Onloading:
     """Brings a model's weights to an accelerator: a block when it is about to run, what is in no block when
     the model is. They stay until the room is needed, so that a model that fits is brought once.
