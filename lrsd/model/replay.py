@@ -17,9 +17,9 @@ from transformers.cache_utils import Cache
 from lrsd.errors import InputError
 from lrsd.model.arithmetic import fast_products
 from lrsd.model.layout import Block, Layout
-from lrsd.model.load import check_finite
+from lrsd.model.load import check_finite, exact_device
 from lrsd.model.samples import Samples, logits_of, run_model
-from lrsd.work.onloading import compute_device
+from lrsd.work.onloading import compute_device, is_too_wide
 from lrsd.work.streams import Stream
 from lrsd.work.world import World
 
@@ -107,6 +107,10 @@ class Replay:
     def device(self) -> torch.device:
         """Where the model runs."""
         return compute_device(self.model)
+
+    def solver_device(self, width: int) -> torch.device:
+        """Where moments and solvers of layers of so many inputs are."""
+        return torch.device("cpu") if is_too_wide(self.model, width) else exact_device(self.device)
 
     def block(self, index: int) -> nn.Module:
         return self.model.get_submodule(self.layout.blocks[index].name)

@@ -109,9 +109,11 @@ def ridged_cholesky(gram_II: Tensor, ridge: float) -> tuple[Tensor, float]:
     """
     first = ridge
     scale = gram_II.diagonal().mean()
-    identity_II = torch.eye(len(gram_II), dtype=gram_II.dtype, device=gram_II.device)
     while True:
-        factor_II = cholesky(gram_II + identity_II * (ridge * scale if scale > 0 else 1.0))
+        ridged_II = gram_II.clone()
+        ridged_II.diagonal().add_(ridge * scale if scale > 0 else 1.0)
+        factor_II = cholesky(ridged_II)
+        del ridged_II
         if factor_II is not None:
             return factor_II, ridge if ridge > first else 0.0
         if not ridge < 1:  # a finite positive semidefinite matrix factors long before

@@ -70,13 +70,14 @@ class Moments:
         """
         if before.count == self.count:
             return after
-        diagonal_I = before.gram.diagonal()
+        diagonal_I = before._upper_II.diagonal() / (before.weight or 1.0)
         least = max(_RIDGE * float(diagonal_I.mean()), torch.finfo(torch.float32).tiny)
         ridge_I = _RIDGE * diagonal_I.clamp(min=least)
-        L_II, M_II = (_cholesky(part.gram + ridge_I.diag()) for part in (before, after))
+        L_II, M_II = (_cholesky(part.gram, ridge_I) for part in (before, after))
         T_II = torch.linalg.solve_triangular(L_II, M_II, upper=False, left=False)
+        del L_II, M_II
         moved = Moments(self.width, self.device, self.count, self.weight)
-        moved._upper_II += T_II @ self.gram @ T_II.T * self.weight
+        moved._upper_II = (T_II @ self.gram @ T_II.T).mul_(self.weight)
         moved._sum_I += self._sum_I + (after.mean - before.mean) * self.count
         return moved
 
@@ -171,7 +172,9 @@ class CrossMoments:
         return self._sum_O / max(self.count, 1)
 
 
-def _cholesky(gram_II: Tensor) -> Tensor:
+def _cholesky(gram_II: Tensor, ridge_I: Tensor) -> Tensor:
+    """Of a metric that is given up for it, with a ridge."""
+    gram_II.diagonal().add_(ridge_I)
     if (lower_II := cholesky(gram_II)) is None:
         raise SolverError("the moments of its inputs are not finite or not positive semidefinite")
     return lower_II

@@ -1,5 +1,6 @@
 """Estimates before any expensive work: memory, disk and time, and whether they are there."""
 
+import math
 import shutil
 import time
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ _SQUARES, _WEIGHTS = 5, 4
 # The same for a group that is fitted on the compressed model's activations: moments and cross moments of two
 # parts, those of all in both models, G as it moved, damped, and factors; own weights, targets and steps of
 # all its layers together.
-_PAIR_SQUARES, _PAIR_WEIGHTS = 15, 8
+_PAIR_SQUARES, _PAIR_WEIGHTS = 13, 8
 # Of an accelerator's run, on the host: float32 halves of a block's squares on their way to disk, and of a
 # layer that is rounded there, float32 weights, codes and what becomes of them, and a factor.
 _STORED_SQUARES, _ROUNDED_WEIGHTS, _ROUNDED_SQUARES = 2, 16, 4
@@ -64,28 +65,36 @@ _OBSERVE_ROUNDED, _FIT_ROUNDED, _PAIR_ROUNDED = 4.0, 1.0, 0.2
 # Side of the matrices by which the speed of a CPU is taken, and of an accelerator, which a smaller one would
 # not fill; the layer by which that of rounding is.
 _SIDES, _ROUNDED_SHAPE = {True: 1024, False: 4096}, (512, 128)
+# Bytes by which the speed of copies is: the weight of a layer.
+_COPIED = 2**26
 
 
 @dataclass(frozen=True)
 class ResourceEstimate:
     """Bytes that a compression will hold in the host's memory at its worst moment, on disk at once, and on an
-    accelerator: 0 without one. working: of the accelerator's those that are not for weights."""
+    accelerator: 0 without one. working: of the accelerator's those that are not for weights; widest: inputs
+    of the layers that are solved there, where wider ones do not fit."""
 
     memory: int
     disk: int
     device: int = 0
     working: int = 0
+    widest: int | None = None
 
 
 @dataclass(frozen=True)
 class Operations:
     """What something comes to. passes: over the calibration text, through all blocks; double, single:
-    multiply-adds in float64 and float32; rounded: weights to entropy-coded columns."""
+    multiply-adds in float64 and float32; rounded: weights to entropy-coded columns; copied: bytes of weights
+    that are brought to an accelerator, those of the passes left out; hosted: multiply-adds on the host, of
+    layers that are too wide for it."""
 
     passes: float = 0.0
     double: float = 0.0
     single: float = 0.0
     rounded: float = 0.0
+    copied: float = 0.0
+    hosted: float = 0.0
 
     def __add__(self, other: "Operations") -> "Operations":
         return Operations(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -93,24 +102,28 @@ class Operations:
 
 @dataclass(frozen=True)
 class Speed:
-    """Seconds per multiply-add in float64 and float32, and per weight that is rounded, where each is done."""
+    """Seconds per multiply-add in float64 and float32, per weight that is rounded, where each is done; and
+    per byte that is brought there, and per multiply-add on the host."""
 
     double: float
     single: float
     rounded: float
+    copied: float = 0.0
+    hosted: float = 0.0
 
     @staticmethod
     def measured(device: torch.device) -> "Speed":
         """device: where the model runs."""
         solver = exact_device(device)
         return Speed(
-            _per_product(torch.float64, solver), _per_product(torch.float32, device), _per_rounded(solver)
-        )
+            per_product(torch.float64, solver), per_product(torch.float32, device), _per_rounded(solver),
+            _per_copied(device), per_product(torch.float64, torch.device("cpu")),
+        )  # fmt: skip
 
     def seconds(self, work: Operations, per_pass: float) -> float:
         """per_pass: of one pass."""
-        products = work.double * self.double + work.single * self.single
-        return work.passes * per_pass + products + work.rounded * self.rounded
+        products = work.double * self.double + work.single * self.single + work.hosted * self.hosted
+        return work.passes * per_pass + products + work.rounded * self.rounded + work.copied * self.copied
 
 
 @dataclass(frozen=True)
@@ -131,12 +144,15 @@ class TimeEstimate:
 
 @dataclass(frozen=True)
 class _Working:
-    """Bytes of one moment's working set: where the model runs, where moments and solvers are, and on the host
-    where these are elsewhere."""
+    """Bytes of one moment's working set: on the device that the model runs on, and on the host besides; where
+    these are the same, the larger of the two."""
 
-    model: int = 0
-    solver: int = 0
+    device: int = 0
     host: int = 0
+
+    @property
+    def total(self) -> int:
+        return max(self.device, self.host)
 
 
 def estimate_resources(
@@ -151,26 +167,31 @@ def estimate_resources(
 
     Memory: what is there at rest, weights, menus, and the largest working set, that of a block's replay
     and moments, of a layer's solver, or of a probe, which widens a block and what is in none to float32. With
-    an accelerator: the largest block, what is in none, and the largest working set there.
+    an accelerator: the largest block, what is in none, and the largest working set there; where that is more
+    than it has, the squares of the widest layers are on the host.
     Hidden states, moments and finished layers are on disk.
     """
     parameters = list(model.parameters())
     value = parameters[0].element_size()
     kept = sum(p.nbytes for p in parameters) - sum(spec.shape.dense_bytes for spec in layout.linears.values())
-    working = list(_working_sets(model, layout, samples, recipe, kept + budget))
     onloading = residence.onloading
     weights = residence.weights((block.name for block in layout.blocks), budget)
     memory = residence.at_rest() + weights + _MENU * len(layout.linears)
-    device = on_device = 0
-    if onloading is None:
-        memory += max(max(w.model + w.solver, w.host) for w in working)
-    else:
-        exact = exact_device(onloading.device) == onloading.device
-        on_device = max(w.model + w.solver * exact for w in working)
-        device = onloading.least + on_device
-        memory += max(w.host + w.solver * (not exact) for w in working)
     disk = _disk(model, layout, samples, recipe, value, budget, kept)
-    return ResourceEstimate(max(memory, peak_rss()), disk, device, on_device)
+    if onloading is None:
+        alone = max(w.total for w in _working_sets(model, layout, samples, recipe, kept + budget))
+        return ResourceEstimate(max(memory + alone, peak_rss()), disk)
+    widths = sorted({group.in_features for group in layout.groups}, reverse=True)
+    if exact_device(onloading.device) != onloading.device:
+        widths = [0]
+    for widest in (*widths, 0):
+        sets = list(_working_sets(model, layout, samples, recipe, kept + budget, widest))
+        working = max(w.device for w in sets)
+        if onloading.limit is None or onloading.least + working <= onloading.limit:
+            break
+    memory = max(memory + max(w.host for w in sets), peak_rss())
+    told = None if widest == widths[0] else widest
+    return ResourceEstimate(memory, disk, onloading.least + working, working, told)
 
 
 def _disk(
@@ -200,9 +221,9 @@ def _disk(
 
 
 def _working_sets(
-    model: Model, layout: Layout, samples: Samples, recipe: Recipe, stored: int
+    model: Model, layout: Layout, samples: Samples, recipe: Recipe, stored: int, widest: float = math.inf
 ) -> Iterator[_Working]:
-    """stored: bytes of the result."""
+    """stored: bytes of the result; widest: inputs of the layers that are solved where the model runs."""
     parameters = list(model.parameters())
     value = parameters[0].element_size()
     in_blocks = {p for block in layout.blocks for p in model.get_submodule(block.name).parameters()}
@@ -210,26 +231,36 @@ def _working_sets(
     replayed, vocabulary = samples[: recipe.calibration.batch].positions, _vocabulary(model)
     probed = _comparing(probe_rows(samples) * vocabulary)
     for block in layout.blocks:
-        moments = sum(8 * group.in_features**2 for group in block.groups)
+        here = [group for group in block.groups if group.in_features <= widest]
+        moments = sum(8 * group.in_features**2 for group in here)
         saved = sum(_STORED_SQUARES * group.in_features**2 for group in block.groups)
-        yield _Working(_replaying(block, replayed, value), moments, saved)
-        for solver, host in _solving(block):
-            yield _Working(0, moments + solver, host)
+        elsewhere = sum(8 * group.in_features**2 for group in block.groups) - moments
+        yield _Working(moments + _replaying(block, replayed, value), elsewhere + saved)
+        for group in block.groups:
+            square = group.in_features**2
+            layer = group.in_features * max(spec.shape.out_features for spec in group.linears)
+            solving = 8 * (_SQUARES * square + _WEIGHTS * layer)
+            if group in here:
+                rounding = _ROUNDED_SQUARES * square + _ROUNDED_WEIGHTS * layer
+                yield _Working(moments + solving, elsewhere + rounding)
+            else:
+                yield _Working(moments, elsewhere + solving)
+            if may_propagate(recipe):
+                rows = sum(spec.shape.out_features for spec in group.linears)
+                pair = 8 * (_PAIR_SQUARES * square + _PAIR_WEIGHTS * rows * group.in_features)
+                yield _Working(pair) if group in here else _Working(host=pair)
         if recipe.method.weighs_rows or recipe.method.weighs_tokens:
-            yield _Working(_differentiating(block, replayed), moments)
-        if may_propagate(recipe):
-            for size in _propagating(block):
-                yield _Working(0, moments + size)
+            yield _Working(moments + _differentiating(block, replayed), elsewhere)
         if needs_sensitivity(recipe):
             widened = sum(4 * p.numel() for p in model.get_submodule(block.name).parameters())
             # Of the block as it is perturbed, and of one that runs after it; torch's and the block's own.
-            yield _Working(outside + 3 * widened + probed, moments)
+            yield _Working(moments + outside + 3 * widened + probed, elsewhere)
     if may_compare(recipe):
         logits = compared_rows(samples) * vocabulary
         yield _Working(value * logits + _comparing(logits))
     yield _Working(host=min(parse_size(recipe.run.shard_size), stored))
     if recipe.run.format == "gguf":  # embedding and head, rounded beside the widened ones
-        yield _Working(2 * outside + probed, 0, 2 * outside)
+        yield _Working(2 * outside + probed, 2 * outside)
 
 
 def _replaying(block: Block, replayed: int, value: int) -> int:
@@ -239,14 +270,6 @@ def _replaying(block: Block, replayed: int, value: int) -> int:
     return replayed * (value * (sum(widths) + sum(outputs)) + 4 * max(widths, default=0))
 
 
-def _solving(block: Block) -> Iterator[tuple[int, int]]:
-    """Working sets of its layers' solvers, on top of the block's moments, and on an accelerator's host."""
-    for group in block.groups:
-        square = group.in_features**2
-        layer = group.in_features * max(spec.shape.out_features for spec in group.linears)
-        yield 8 * (_SQUARES * square + _WEIGHTS * layer), _ROUNDED_SQUARES * square + _ROUNDED_WEIGHTS * layer
-
-
 def _differentiating(block: Block, replayed: int) -> int:
     """What a block's derivative keeps of its pass, in float32 where products are widened: weights, and inputs
     and outputs of layers and of what is between them."""
@@ -254,14 +277,6 @@ def _differentiating(block: Block, replayed: int) -> int:
     weights = sum(spec.shape.out_features * spec.shape.in_features for spec in specs)
     widths = sum(spec.shape.out_features + spec.shape.in_features for spec in specs)
     return 4 * (weights + _KEPT * replayed * widths)
-
-
-def _propagating(block: Block) -> Iterator[int]:
-    """Working sets of the groups that are fitted on the compressed model's activations."""
-    for group in block.groups:
-        rows = sum(spec.shape.out_features for spec in group.linears)
-        squares, weights = _PAIR_SQUARES * group.in_features**2, _PAIR_WEIGHTS * rows * group.in_features
-        yield 8 * (squares + weights)
 
 
 def _comparing(logits: int) -> int:
@@ -274,40 +289,62 @@ def _vocabulary(model: Model) -> int:
     return head.weight.shape[0] if head is not None else 0
 
 
-def count_observing(model: Model, layout: Layout, samples: Samples, recipe: Recipe) -> Operations:
+@dataclass(frozen=True)
+class Division:
+    """What of the work is not done on an accelerator with all that it takes at hand. brought: share of the
+    weights that there is no room for, and that every pass brings; widest: as in `ResourceEstimate`."""
+
+    brought: float = 0.0
+    widest: int | None = None
+
+    @staticmethod
+    def of(model: Model, needs: ResourceEstimate, limit: int | None) -> "Division":
+        """limit: bytes of an accelerator allowed."""
+        total = sum(parameter.nbytes for parameter in model.parameters())
+        room = total if limit is None or not needs.device else limit - needs.working
+        return Division(max(0.0, 1 - room / total), needs.widest)
+
+
+def count_observing(
+    model: Model, layout: Layout, samples: Samples, recipe: Recipe, division: Division
+) -> Operations:
     """Of the calibration pass: derivatives, moments, menus and probes."""
-    tokens, probed = samples.positions, probe_samples(samples).positions
-    double, single = (n * _products(layout) for n in _OBSERVE_PRODUCTS[recipe.method.rounds])
-    single += _of_moments(model, layout, tokens)
-    passes = float(_OBSERVE_PASSES)
-    if recipe.method.weighs_tokens:
-        passes += 2  # back through every block
+    found = _solving(layout, _OBSERVE_PRODUCTS[recipe.method.rounds], division)
+    # Back through every block too, where tokens are weighed.
+    passes = _OBSERVE_PASSES + 2 * recipe.method.weighs_tokens
+    single, copied = _of_moments(model, layout, samples.positions), 0.0
     if needs_sensitivity(recipe):
-        blocks = [_of_pass(model, [block], probed) for block in layout.blocks]
         # A probe of a block runs all that follow it, and the head.
+        probed = probe_samples(samples).positions
+        blocks = [_of_pass(model, [block], probed) for block in layout.blocks]
         single += sum(number * block for number, block in enumerate(blocks, 1))
         single += len(blocks) * probe_rows(samples) * _vocabulary(model) * layout.stream_width
-    return Operations(passes, double, single, _OBSERVE_ROUNDED * _rounded(layout, recipe))
+        sizes = (sum(p.nbytes for p in model.get_submodule(b.name).parameters()) for b in layout.blocks)
+        copied = division.brought * sum(number * size for number, size in enumerate(sizes, 1))
+    rounded = _OBSERVE_ROUNDED * _rounded(layout, recipe)
+    return found + Operations(passes, single=single, rounded=rounded, copied=copied)
 
 
-def count_fitting(layout: Layout, recipe: Recipe) -> Operations:
+def count_fitting(layout: Layout, recipe: Recipe, division: Division) -> Operations:
     """Of the fit without propagation, and of the comparison of plans, where it is likely."""
-    double, single = (n * _products(layout) for n in _FIT_PRODUCTS[recipe.method.rounds])
-    found = Operations(0, double, single, _FIT_ROUNDED * _rounded(layout, recipe))
+    found = _solving(layout, _FIT_PRODUCTS[recipe.method.rounds], division)
+    found += Operations(rounded=_FIT_ROUNDED * _rounded(layout, recipe))
     if may_compare(recipe) and not recipe.method.rounds:
-        double, single = (n * _products(layout) for n in _COMPARE_PRODUCTS)
-        found += Operations(2, double, single)
+        found += Operations(passes=2) + _solving(layout, _COMPARE_PRODUCTS, division)
     return found
 
 
-def count_propagating(model: Model, layout: Layout, samples: Samples, recipe: Recipe) -> Operations:
+def count_propagating(
+    model: Model, layout: Layout, samples: Samples, recipe: Recipe, division: Division
+) -> Operations:
     """Of what propagation adds to it."""
-    double, single = (n * _products(layout) for n in _PAIR_PRODUCTS[recipe.method.rounds])
     least = min(followed(rounds=recipe.method.rounds), len(samples))
     part = samples[:least].positions
-    single += _PAIR_MOMENTS * _of_moments(model, layout, part)
     passes = _FIT_PASSES * part / samples.positions
-    return Operations(passes, double, single, _PAIR_ROUNDED * _rounded(layout, recipe))
+    single = _PAIR_MOMENTS * _of_moments(model, layout, part)
+    rounded = _PAIR_ROUNDED * _rounded(layout, recipe)
+    solving = _solving(layout, _PAIR_PRODUCTS[recipe.method.rounds], division)
+    return solving + Operations(passes, single=single, rounded=rounded)
 
 
 def count_pass(model: Model, layout: Layout, samples: Samples) -> int:
@@ -316,19 +353,34 @@ def count_pass(model: Model, layout: Layout, samples: Samples) -> int:
 
 
 def estimate_time(
-    model: Model, layout: Layout, samples: Samples, recipe: Recipe, speed: Speed, per_pass: float
+    model: Model,
+    layout: Layout,
+    samples: Samples,
+    recipe: Recipe,
+    speed: Speed,
+    per_pass: float,
+    division: Division | None = None,
 ) -> TimeEstimate:
     """Roughly. per_pass: seconds of one pass over all samples, through all blocks."""
+    division = division or Division()
     counted = (
-        count_observing(model, layout, samples, recipe),
-        count_fitting(layout, recipe),
-        count_propagating(model, layout, samples, recipe),
+        count_observing(model, layout, samples, recipe, division),
+        count_fitting(layout, recipe, division),
+        count_propagating(model, layout, samples, recipe, division),
     )
     return TimeEstimate(*(speed.seconds(work, per_pass) for work in counted))
 
 
-def _products(layout: Layout) -> int:
-    return sum(s.shape.out_features * s.shape.in_features**2 for s in layout.linears.values())
+def _solving(layout: Layout, times: tuple[float, float], division: Division) -> Operations:
+    """Multiply-adds in float64 and float32, as multiples of one product W G of every layer."""
+    here = hosted = 0
+    for spec in layout.linears.values():
+        product = spec.shape.out_features * spec.shape.in_features**2
+        if division.widest is None or spec.shape.in_features <= division.widest:
+            here += product
+        else:
+            hosted += product
+    return Operations(double=times[0] * here, single=times[1] * here, hosted=sum(times) * hosted)
 
 
 def _rounded(layout: Layout, recipe: Recipe) -> int:
@@ -367,7 +419,7 @@ class _Reach:
         return tokens * min(1.0, self._chosen / self._experts[group.routed]) if group.routed else tokens
 
 
-def _per_product(dtype: torch.dtype, device: torch.device) -> float:
+def per_product(dtype: torch.dtype, device: torch.device) -> float:
     """Seconds per multiply-add, where that is done."""
     side = _SIDES[device.type == "cpu"]
     left = torch.randn(side, side, dtype=dtype).to(device)
@@ -375,6 +427,17 @@ def _per_product(dtype: torch.dtype, device: torch.device) -> float:
     start = time.perf_counter()
     float((left @ left)[0, 0])  # a value to wait for
     return (time.perf_counter() - start) / side**3
+
+
+def _per_copied(device: torch.device) -> float:
+    """Seconds per byte of what is brought to a device; 0 where nothing has to be."""
+    if device.type == "cpu":
+        return 0.0
+    host = torch.zeros(_COPIED, dtype=torch.uint8)
+    float(host.to(device)[0])
+    start = time.perf_counter()
+    float(host.to(device)[0])
+    return (time.perf_counter() - start) / _COPIED
 
 
 def _per_rounded(device: torch.device) -> float:

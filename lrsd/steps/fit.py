@@ -168,6 +168,8 @@ class _BlockFit:
                 for spec in group.linears:
                     fitted[spec.name] = self._left_dense(spec.name, str(error))
                 continue
+            ends = pair is not None and pair.ends
+            pair = None  # many squares of the group's width
             before = _affine(model, group.name)
             for spec in group.linears:
                 if (reason := self.observation.unsolved.get(spec.name)) is not None:
@@ -175,7 +177,7 @@ class _BlockFit:
                 else:
                     fitted[spec.name] = self._fit_layer(weight_slot(model, spec.name), targets[spec.name])
             release_freed()
-            if streams is not None and pair is not None and pair.ends:
+            if streams is not None and ends:
                 streams.move_on(before, _affine(model, group.name))
                 moved = True
         if streams is not None and not moved:

@@ -11,7 +11,7 @@ from lrsd.errors import SolverError
 from lrsd.methods.base import LayerProblem, Method, Probe
 from lrsd.model.derivatives import with_derivatives
 from lrsd.model.layout import Block, InputGroup
-from lrsd.model.load import check_finite, exact_device
+from lrsd.model.load import check_finite
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
 from lrsd.model.slots import weight_slot
@@ -248,7 +248,8 @@ class _Stored(Mapping[str, GroupStatistics]):
     of G, of all layers of a large model, do not fit in memory beside it."""
 
     def __init__(self, workspace: Workspace, replay: Replay) -> None:
-        self._workspace, self._device = workspace, exact_device(replay.device)
+        self._workspace = workspace
+        self._devices = {g.name: replay.solver_device(g.in_features) for g in replay.layout.groups}
         blocks = enumerate(replay.layout.blocks)
         self._steps = {group.name: observe_step(index) for index, block in blocks for group in block.groups}
         self._last: tuple[str, BlockStatistics | None] = "", None
@@ -259,7 +260,7 @@ class _Stored(Mapping[str, GroupStatistics]):
         if block is None or self._last[0] != step:  # a block's groups follow each other, and share its record
             block = self._workspace.read(_statistics_of(step), BlockStatistics)
             self._last = step, block
-        return block.group(group, self._device)
+        return block.group(group, self._devices[group])
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._steps)
@@ -284,8 +285,9 @@ def block_statistics(
 
     weights: are noted as missing where the block cannot be differentiated.
     """
-    block, device = replay.layout.blocks[index], exact_device(replay.device)
-    found = {g.name: GroupStatistics(Moments(g.in_features, device)) for g in block.groups}
+    block = replay.layout.blocks[index]
+    devices = {g.name: replay.solver_device(g.in_features) for g in block.groups}
+    found = {g.name: GroupStatistics(Moments(g.in_features, devices[g.name])) for g in block.groups}
     squares: dict[str, Tensor] = {}
 
     def run(index: int, batch: int, hidden: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -312,7 +314,8 @@ def block_statistics(
             statistics, weights_T = found[group.name], None
             for spec in group.linears:
                 if weights.rows and spec.name in squares and squares[spec.name].isfinite().all():
-                    sums_O = squares[spec.name].sum(0, dtype=torch.float32).to(device, torch.float64)
+                    sums_O = squares[spec.name].sum(0, dtype=torch.float32)
+                    sums_O = sums_O.to(devices[group.name], torch.float64)
                     statistics.rows[spec.name] = statistics.rows.get(spec.name, 0.0) + sums_O
             if weights.tokens and group.name in squares:
                 weights_T = token_weights(squares[group.name])

@@ -15,6 +15,7 @@ from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.steps.embeddings import observe_embeddings
 from lrsd.steps.estimate import (
+    Division,
     ResourceEstimate,
     Speed,
     TimeEstimate,
@@ -135,7 +136,7 @@ def start_replay(
         needs, journal.directory, source.memory_limit, None if onloading is None else onloading.limit
     )
     if onloading is not None:
-        onloading.reserved = needs.working
+        onloading.reserved, onloading.widest = needs.working, needs.widest
     fitted = fitted_samples(len(samples))
     # No batch holds samples of both parts, so that plans can be compared without those held out.
     parts = samples[:fitted], samples[fitted:]
@@ -144,7 +145,9 @@ def start_replay(
     replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.release)
     per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
     speed = Speed.measured(replay.device)
-    seconds = estimate_time(loaded.model, layout, samples, recipe, speed, per_batch * len(batches))
+    division = Division.of(loaded.model, needs, None if onloading is None else onloading.limit)
+    per_pass = per_batch * len(batches)
+    seconds = estimate_time(loaded.model, layout, samples, recipe, speed, per_pass, division)
     left = 1 - (journal.count("observe-") + journal.count("fit-")) / (2 * len(layout.blocks))
     minutes = left * seconds.total(propagate=may_propagate(recipe)) / 60
     if loaded.ignored:
@@ -162,6 +165,8 @@ def start_replay(
         f"needs about {needs.memory / 1e9:.2f} GB of memory, "
         + f"{needs.device / 1e9:.2f} GB of {replay.device}, " * (onloading is not None)
         + f"{needs.disk / 1e9:.2f} GB of disk, "
-        f"{math.ceil(minutes)} min" + "; weights are paged (streamed from disk)" * residence.paged
+        f"{math.ceil(minutes)} min"
+        + "; weights are paged (streamed from disk)" * residence.paged
+        + f"; layers of more than {needs.widest} inputs are solved on the host" * (needs.widest is not None)
     )
     return replay, needs, seconds

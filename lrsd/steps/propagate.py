@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from lrsd.model.layout import InputGroup
-from lrsd.model.load import exact_device
 from lrsd.model.replay import Replay, Residual
 from lrsd.model.slots import weight_slot
 from lrsd.numerics.moments import CrossMoments, Moments
@@ -153,7 +152,7 @@ def pair_moments(
     writes = ends or residual is Residual.AMID
     weight_OI = weight_slot(replay.model, group.name).read()
     rows = group.linears[0].shape.out_features if writes else group.in_features
-    device = exact_device(replay.device)
+    device = replay.solver_device(group.in_features)
     parts = [
         (Moments(group.in_features, device), CrossMoments(rows, group.in_features, device)) for _ in range(2)
     ]

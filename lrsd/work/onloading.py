@@ -26,6 +26,13 @@ def compute_device(model: nn.Module) -> torch.device:
     return next(model.parameters()).device if found is None else found.device
 
 
+def is_too_wide(model: nn.Module, width: int) -> bool:
+    """Whether the squares of a layer's width are to stay on the host, since an accelerator has no room for
+    those that its solution takes."""
+    found = vars(model).get(_ONLOADING)
+    return found is not None and found.widest is not None and width > found.widest
+
+
 def bring_outside(model: nn.Module) -> None:
     """Bring what is in no block of a model to where it runs, if it is to be changed there."""
     if (found := vars(model).get(_ONLOADING)) is not None:
@@ -51,7 +58,7 @@ class Onloading:
 
     Parameters stay the same objects; their data change places. device: where they are brought to; least:
     bytes of the largest block and of what is in none; largest: of that block; limit: bytes of the device
-    allowed; reserved: of these, not for weights.
+    allowed; reserved: of these, not for weights; widest: of layers whose squares have room on the device.
     """
 
     def __init__(
@@ -80,6 +87,7 @@ class Onloading:
                 "more with --device-memory, or take a device with more or --device cpu"
             )
         self.reserved = 0 if limit is None else min(int(_UNKNOWN * limit), limit - self.least)
+        self.widest: int | None = None
         self._running: list[_Part] = []
         self._used: dict[_Part, None] = {}  # in the order of their last use
         self._finished: set[_Part] = set()
