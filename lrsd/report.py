@@ -19,10 +19,10 @@ def summary_lines(manifest: Manifest) -> list[str]:
     if {"peak", "predicted"} <= manifest.memory.keys():
         peak, predicted = manifest.memory["peak"], manifest.memory["predicted"]
         lines.append(f"memory          {_mb(peak)} of the host's at most, {_mb(predicted)} predicted")
-    if (predicted := manifest.memory.get("device_predicted")) is not None:
-        peak_there = manifest.memory.get("device_peak")
-        line = f"{_mb(peak_there)} at most, " if peak_there is not None else ""
-        lines.append(f"device memory   {line}{_mb(predicted)} predicted")
+    if (there := manifest.memory.get("device_predicted")) is not None:
+        most = manifest.memory.get("device_peak")
+        line = "" if most is None else f"{_mb(most)} at most, "
+        lines.append(f"device memory   {line}{_mb(there)} predicted")
     return lines
 
 

@@ -170,9 +170,7 @@ def table(args: argparse.Namespace) -> None:
     print(
         f"{args.ratio:g}x, {args.samples} samples of {args.seqlen} tokens, {args.memory} of device memory\n"
     )
-    print(
-        "| model | weights | device memory | solved on the host | host memory | disk | time | CPU alone |"
-    )
+    print("| model | weights | device memory | solved on the host | host memory | disk | time | CPU alone |")
     print("|---|---|---|---|---|---|---|---|")
     recipe = Recipe.of(
         ratio=args.ratio, samples=args.samples, seqlen=args.seqlen, batch=args.batch, bits=args.bits

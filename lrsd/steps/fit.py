@@ -51,13 +51,12 @@ class Fitted:
     tensors: dict[str, Tensor] = field(default_factory=dict)
 
     def install(self, slot: WeightSlot) -> None:
-        """Put what is stored in the place of the dense layer, on its device."""
-        device = slot.parameter.device
-        tensors = {name: tensor.to(device) for name, tensor in self.tensors.items()}
+        """Put what is stored in the place of the dense layer: on the host, mapped from its file where it was
+        kept in one."""
         if self.entry is not None:
-            slot.pack(parse_layer(slot.name, self.entry), tensors)
-        elif tensors:
-            slot.module.weight = nn.Parameter(tensors["weight"], requires_grad=False)
+            slot.pack(parse_layer(slot.name, self.entry), self.tensors)
+        elif self.tensors:
+            slot.module.weight = nn.Parameter(self.tensors["weight"], requires_grad=False)
 
 
 @dataclass(frozen=True)
