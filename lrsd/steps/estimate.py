@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from lrsd.errors import InputError
+from lrsd.forms.trellis import Trellis
 from lrsd.model.layout import Block, InputGroup, Layout
 from lrsd.model.load import exact_device
 from lrsd.model.samples import Samples
@@ -60,11 +61,14 @@ _OBSERVE_PRODUCTS = {True: (1.0, 12.5), False: (8.0, 13.5)}
 _FIT_PRODUCTS = {True: (3.0, 2.5), False: (7.0, 2.2)}
 _PAIR_PRODUCTS = {True: (3.5, 8.2), False: (2.5, 7.6)}
 _COMPARE_PRODUCTS = (0.0, 17.5)
+# Time of what is solved over that of its multiply-adds in products: factorizations, eigenvalues and whatever
+# goes over a matrix once are slower. Measured there, on one thread; a rough guess anywhere else.
+_SLOWER = 2.6
 # How often every weight is rounded to entropy-coded columns meanwhile, counted there too.
 _OBSERVE_ROUNDED, _FIT_ROUNDED, _PAIR_ROUNDED = 4.0, 1.0, 0.2
 # Side of the matrices by which the speed of a CPU is taken, and of an accelerator, which a smaller one would
 # not fill; the layer by which that of rounding is.
-_SIDES, _ROUNDED_SHAPE = {True: 1024, False: 4096}, (512, 128)
+_SIDES, _ROUNDED_SHAPE = {True: 1024, False: 4096}, (512, 512)
 # Bytes by which the speed of copies is: the weight of a layer.
 _COPIED = 2**26
 
@@ -112,18 +116,21 @@ class Speed:
     hosted: float = 0.0
 
     @staticmethod
-    def measured(device: torch.device) -> "Speed":
-        """device: where the model runs."""
+    def measured(device: torch.device, *, rounds: bool) -> "Speed":
+        """device: where the model runs; rounds: whether to entropy-coded columns, whose loops are compiled
+        then."""
         solver = exact_device(device)
         return Speed(
-            per_product(torch.float64, solver), per_product(torch.float32, device), _per_rounded(solver),
-            _per_copied(device), per_product(torch.float64, torch.device("cpu")),
+            per_product(torch.float64, solver), per_product(torch.float32, device),
+            _per_rounded(solver) if rounds else 0.0, _per_copied(device),
+            per_product(torch.float64, torch.device("cpu")),
         )  # fmt: skip
 
     def seconds(self, work: Operations, per_pass: float) -> float:
         """per_pass: of one pass."""
         products = work.double * self.double + work.single * self.single + work.hosted * self.hosted
-        return work.passes * per_pass + products + work.rounded * self.rounded + work.copied * self.copied
+        others = work.rounded * self.rounded + work.copied * self.copied
+        return work.passes * per_pass + _SLOWER * products + others
 
 
 @dataclass(frozen=True)
@@ -383,8 +390,13 @@ def _solving(layout: Layout, times: tuple[float, float], division: Division) -> 
     return Operations(double=times[0] * here, single=times[1] * here, hosted=sum(times) * hosted)
 
 
+def is_entropy_coded(recipe: Recipe) -> bool:
+    """Whether weights are rounded to entropy-coded columns, by loops on the host."""
+    return bool(getattr(recipe.method, "entropy_coded", False))
+
+
 def _rounded(layout: Layout, recipe: Recipe) -> int:
-    if not getattr(recipe.method, "entropy_coded", False):
+    if not is_entropy_coded(recipe):
         return 0
     return sum(spec.shape.out_features * spec.shape.in_features for spec in layout.linears.values())
 
@@ -441,13 +453,13 @@ def _per_copied(device: torch.device) -> float:
 
 
 def _per_rounded(device: torch.device) -> float:
-    """Seconds per weight that is rounded, on all cores."""
+    """Seconds per weight that is rounded and coded, on all cores."""
     generator = torch.Generator().manual_seed(0)
     W_OI = torch.randn(_ROUNDED_SHAPE, generator=generator).to(device)
     factor = Metric(torch.eye(_ROUNDED_SHAPE[1], dtype=torch.float64, device=device)).factor
-    round_entropy_coded(W_OI, factor, 0.1)  # compiled now
+    Trellis.of(round_entropy_coded(W_OI[:8], factor, 0.1))  # compiled now
     start = time.perf_counter()
-    float(round_entropy_coded(W_OI, factor, 0.1).codes_OI[0, 0])
+    Trellis.of(round_entropy_coded(W_OI, factor, 0.1))
     return (time.perf_counter() - start) / W_OI.numel()
 
 

@@ -22,6 +22,7 @@ from lrsd.steps.estimate import (
     check_resources,
     estimate_resources,
     estimate_time,
+    is_entropy_coded,
 )
 from lrsd.steps.observe import Observation, fitted_samples, observe_model
 from lrsd.steps.plan import PLAN_STEP, Plan, choose_plan, may_propagate, needs_sensitivity
@@ -130,6 +131,8 @@ def start_replay(
     Raises: InputError if that is not there.
     """
     loaded, layout, residence = source.loaded, source.layout, source.residence
+    # First, since what it loads and compiles stays in memory.
+    speed = Speed.measured(compute_device(loaded.model), rounds=is_entropy_coded(recipe))
     needs = estimate_resources(loaded.model, layout, samples, recipe, residence, source.budget)
     onloading = residence.onloading
     check_resources(
@@ -144,7 +147,6 @@ def start_replay(
     start = time.perf_counter()
     replay = Replay.start(loaded.model, layout, batches, journal.new_stream, residence.release)
     per_batch = (time.perf_counter() - start) / min(len(batches), 2)  # more are not run through all blocks
-    speed = Speed.measured(replay.device)
     division = Division.of(loaded.model, needs, None if onloading is None else onloading.limit)
     per_pass = per_batch * len(batches)
     seconds = estimate_time(loaded.model, layout, samples, recipe, speed, per_pass, division)
