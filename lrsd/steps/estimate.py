@@ -29,10 +29,10 @@ from lrsd.work.residency import Residence
 # Square float64 matrices of a group's width held at once while its layers are solved: G, its parts, a
 # factor and an inverse; and weights in float64 or twice in float32.
 _SQUARES, _WEIGHTS = 5, 4
-# The same for a group that is fitted on the compressed model's activations: moments and cross moments of two
-# parts, those of all in both models, G as it moved, damped, and factors; own weights, targets and steps of
-# all its layers together.
-_PAIR_SQUARES, _PAIR_WEIGHTS = 13, 8
+# The same for a group that is fitted on the compressed model's activations, its own moments among them:
+# moments and cross moments of two parts, those of all in both models, then factors of these and G as it
+# moves; own weights, targets and steps of all its layers together.
+_PAIR_SQUARES, _PAIR_WEIGHTS = 11, 8
 # Of an accelerator's run, on the host: float32 halves of a block's squares on their way to disk, and of a
 # layer that is rounded there, float32 weights, codes and what becomes of them, and a factor.
 _STORED_SQUARES, _ROUNDED_WEIGHTS, _ROUNDED_SQUARES = 2, 16, 4

@@ -205,7 +205,7 @@ class _BlockFit:
         group share the metric, so that their rows are solved for together.
         """
         statistics = self.observation.statistics[group.name]
-        moments, cross = pair.moments(statistics.moments), pair.fit_missing + pair.held_out_missing
+        moments, cross = pair.moments_(statistics.moments), pair.fit_missing + pair.held_out_missing
         metric = self.method.metric(moments)
         own = {s.name: layer_problem(self.replay, s.name, metric, math.inf) for s in group.linears}
         W_OI = torch.cat([problem.W_OI for problem in own.values()])

@@ -106,7 +106,7 @@ def _names(step: str) -> tuple[str, str]:
     return f"{step}-dense", f"{step}-compressed"
 
 
-@dataclass(frozen=True)
+@dataclass
 class Pair:
     """Moments of a group's inputs x~ in the compressed model, of the samples fitted to and of those held out.
 
@@ -114,15 +114,16 @@ class Pair:
     residual stream, what is missing in that stream while its weight is still dense. Of such a layer every
     token counts relative to the stream's squared norm, in `fit` and `held_out` too: what follows normalizes
     it, and a few are a thousand times the others. dense, compressed: of x and x~ of all of these samples,
-    not so weighed. ends: whether it is the block's output that this layer writes.
+    not so weighed, until `moments_` gives them up. ends: whether it is the block's output that this layer
+    writes.
     """
 
     fit: Moments
     fit_missing: CrossMoments
     held_out: Moments
     held_out_missing: CrossMoments
-    dense: Moments
-    compressed: Moments
+    dense: Moments | None
+    compressed: Moments | None
     writes_residual: bool
     ends: bool
 
@@ -133,9 +134,13 @@ class Pair:
     def missing_mean(self, W_OI: Tensor, cross: CrossMoments) -> Tensor:
         return cross.target_mean if self.writes_residual else W_OI @ cross.target_mean
 
-    def moments(self, observed: Moments) -> Moments:
-        """Of x~ on all samples. observed: of x."""
-        return observed.moved(self.dense, self.compressed)
+    def moments_(self, observed: Moments) -> Moments:
+        """Of x~ on all samples. observed: of x. Once only: what they are made of takes gigabytes."""
+        assert self.dense is not None
+        assert self.compressed is not None
+        moved = observed.moved(self.dense, self.compressed)
+        self.dense = self.compressed = None
+        return moved
 
 
 def pair_moments(
