@@ -91,8 +91,11 @@ class Moments:
 
     def state(self) -> dict[str, Tensor]:
         """The sums for storage: the upper triangle of x x^T in float32, which its partial products had."""
+        # Row by row: indices of all entries would take twice the memory of these. On the host, where it goes:
+        # an accelerator would have a launch for each.
+        rows = self._upper_II.float().cpu()
         return {
-            "upper": torch.cat([row_I[i:].float() for i, row_I in enumerate(self._upper_II)]),
+            "upper": torch.cat([row_I[i:] for i, row_I in enumerate(rows)]),
             "sum": self._sum_I,
             "count": torch.tensor(self.count),
             "weight": torch.tensor(self.weight, dtype=torch.float64),
@@ -102,12 +105,11 @@ class Moments:
     def from_state(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> "Moments":
         """What `state` was taken of, to float32."""
         moments = Moments(state["sum"].numel(), device, int(state["count"]), float(state["weight"]))
-        # Row by row: indices of all entries would take twice the memory of these.
-        widths = range(moments.width, 0, -1)
-        for row_I, stored in zip(
-            moments._upper_II, state["upper"].to(device).split(list(widths)), strict=True
-        ):
+        upper_II = torch.zeros(moments.width, moments.width)
+        parts = state["upper"].cpu().split(list(range(moments.width, 0, -1)))
+        for row_I, stored in zip(upper_II, parts, strict=True):
             row_I[len(row_I) - len(stored) :] = stored
+        moments._upper_II.copy_(upper_II)
         moments._sum_I += state["sum"].to(device)
         return moments
 

@@ -91,12 +91,12 @@ HOST_WORK = {
 # Entropy-coded weights are rounded four times while a layer is observed, and go to the host and back each
 # time. Codes of fixed width take 9 launches for each of 64 or 160 columns and each of the roundings.
 BOUNDS: dict[str, dict[str, tuple[float, float, float, float]]] = {
-    "entropy coded": {"observe": (1600, 71, 21, 43), "compress": (370, 41, 11, 20)},
-    "16 bit": {"observe": (860, 75, 1, 4), "compress": (750, 73, 9, 4)},
-    "fixed widths": {"observe": (7790, 46, 1, 5), "compress": (2050, 31, 5, 1)},
-    "integers": {"observe": (5330, 43, 1, 5), "compress": (3790, 28, 5, 1)},
-    "sparsegpt": {"observe": (1020, 18, 1, 4), "compress": (760, 20, 5, 2)},
-    "ssd": {"observe": (225, 10, 1, 3), "compress": (520, 49, 4, 2)},
+    "entropy coded": {"observe": (1430, 66, 21, 43), "compress": (310, 41, 11, 20)},
+    "16 bit": {"observe": (700, 69, 1, 6), "compress": (600, 65, 11, 4)},
+    "fixed widths": {"observe": (7500, 40, 1, 7), "compress": (1930, 31, 7, 1)},
+    "integers": {"observe": (5030, 37, 1, 7), "compress": (3680, 28, 7, 1)},
+    "sparsegpt": {"observe": (700, 12, 1, 7), "compress": (640, 20, 7, 2)},
+    "ssd": {"observe": (69, 7, 1, 5), "compress": (470, 49, 6, 2)},
 }
 
 
