@@ -236,13 +236,13 @@ def _working_sets(
     in_blocks = {p for block in layout.blocks for p in model.get_submodule(block.name).parameters()}
     outside = sum(4 * p.numel() for p in parameters if p not in in_blocks)
     replayed, vocabulary = samples[: recipe.calibration.batch].positions, _vocabulary(model)
-    probed = _comparing(probe_rows(samples) * vocabulary)
+    probed, reach = _comparing(probe_rows(samples) * vocabulary), _Reach(model, layout)
     for block in layout.blocks:
         here = [group for group in block.groups if group.in_features <= widest]
         moments = sum(8 * group.in_features**2 for group in here)
         saved = sum(_STORED_SQUARES * group.in_features**2 for group in block.groups)
         elsewhere = sum(8 * group.in_features**2 for group in block.groups) - moments
-        yield _Working(moments + _replaying(block, replayed, value), elsewhere + saved)
+        yield _Working(moments + _replaying(block, replayed, value, reach), elsewhere + saved)
         for group in block.groups:
             square = group.in_features**2
             layer = group.in_features * max(spec.shape.out_features for spec in group.linears)
@@ -257,7 +257,7 @@ def _working_sets(
                 pair = 8 * (_PAIR_SQUARES * square + _PAIR_WEIGHTS * rows * group.in_features)
                 yield _Working(pair) if group in here else _Working(host=pair)
         if recipe.method.weighs_rows or recipe.method.weighs_tokens:
-            yield _Working(moments + _differentiating(block, replayed), elsewhere)
+            yield _Working(moments + _differentiating(block, replayed, reach), elsewhere)
         if needs_sensitivity(recipe):
             widened = sum(4 * p.numel() for p in model.get_submodule(block.name).parameters())
             # Of the block as it is perturbed, and of one that runs after it; torch's and the block's own.
@@ -270,20 +270,27 @@ def _working_sets(
         yield _Working(2 * outside + probed, 2 * outside)
 
 
-def _replaying(block: Block, replayed: int, value: int) -> int:
+def _replaying(block: Block, replayed: int, value: int, reach: "_Reach") -> int:
     """What goes into a block's layers and comes out of them, and one of them widened."""
-    widths = [group.in_features for group in block.groups]
-    outputs = [spec.shape.out_features for group in block.groups for spec in group.linears]
-    return replayed * (value * (sum(widths) + sum(outputs)) + 4 * max(widths, default=0))
+    widest = max((group.in_features for group in block.groups), default=0)
+    return value * _values(block, replayed, reach) + 4 * replayed * widest
 
 
-def _differentiating(block: Block, replayed: int) -> int:
+def _differentiating(block: Block, replayed: int, reach: "_Reach") -> int:
     """What a block's derivative keeps of its pass, in float32 where products are widened: weights, and inputs
     and outputs of layers and of what is between them."""
     specs = [spec for group in block.groups for spec in group.linears]
     weights = sum(spec.shape.out_features * spec.shape.in_features for spec in specs)
-    widths = sum(spec.shape.out_features + spec.shape.in_features for spec in specs)
-    return 4 * (weights + _KEPT * replayed * widths)
+    return 4 * (weights + _KEPT * _values(block, replayed, reach))
+
+
+def _values(block: Block, replayed: int, reach: "_Reach") -> int:
+    """Inputs and outputs of all layers of a block, an expert's of those tokens only that reach it."""
+    counts = (
+        reach(g, replayed) * (len(g.linears) * g.in_features + sum(s.shape.out_features for s in g.linears))
+        for g in block.groups
+    )
+    return int(sum(counts))
 
 
 def _comparing(logits: int) -> int:
