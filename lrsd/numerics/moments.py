@@ -17,16 +17,48 @@ _TRIANGLE_BLOCKS = 4
 
 # Of a part's moments, in units of their diagonal, before its inverse tells how they moved.
 _RIDGE = 1e-4
+# Sums are of multiples of 2^-30 of the first batch's norms: finer than the float32 products that are added,
+# and exact, in whatever order, until a channel's energy is 2^23 times that of the first batch.
+_FINENESS = 2.0**-30
+# A channel that hardly moves in the first batch is taken to have this share of the channels' median energy.
+_LEAST_ENERGY = 2.0**-12
+# p + c - c with this many units in c is p rounded to units, in float64.
+_ROUNDING = 1.5 * 2.0**52
+
+
+def grain(x_TI: Tensor) -> Tensor:
+    """Powers of two next to the norms of the columns of the first batch, (I,) float64, by which `Moments` are
+    rounded: processes that share them come to the same sums, byte by byte, whatever each of them adds."""
+    energies_I = x_TI.reshape(-1, x_TI.shape[-1]).float().square().sum(0).to(torch.device("cpu")).double()
+    moving = energies_I[energies_I > 0]
+    level = float(moving.median()) if moving.numel() else 0.0
+    return power_of_two(energies_I.clamp(min=_LEAST_ENERGY * level).sqrt())
+
+
+def power_of_two(values: Tensor) -> Tensor:
+    """One next to each, float64 on the CPU; 1 for what is zero or not finite."""
+    values = values.to(torch.device("cpu")).double()
+    usable = values.isfinite() & (values > 0)
+    _, exponents = torch.frexp(torch.where(usable, values, torch.ones_like(values)))
+    return torch.ldexp(torch.ones_like(values), exponents)
+
+
+def rounded(values: Tensor, grain: Tensor) -> Tensor:
+    """Float64 multiples of 2^-30 of `grain`, whose sums are exact."""
+    shift = grain * (_FINENESS * _ROUNDING)
+    return values.to(shift.device).double().add_(shift).sub_(shift)
 
 
 @dataclass
 class Moments:
     """Sums over calibration tokens of x x^T, each as often as its weight says, of x and 1: float64 sums of
-    float32 partial products. The products are made where x is, the sums where `device` says, since not every
-    accelerator has float64.
+    float32 partial products, rounded so that these sums are exact. The products are made where x is, the sums
+    where `device` says, since not every accelerator has float64.
 
     `a + b` is the moments of both token sets together, so shards merge in any order. count: tokens;
     weight: the sum of their weights.
+    Source: rounding to a common unit before adding, Demmel & Nguyen, "Fast reproducible floating-point
+    summation", ARITH 2013.
     """
 
     width: int
@@ -40,19 +72,32 @@ class Moments:
         self._upper_II = torch.zeros(self.width, self.width, dtype=torch.float64, device=self.device)
         self._sum_I = torch.zeros(self.width, dtype=torch.float64, device=self.device)
 
-    def update_(self, x_TI: Tensor, weights_T: Tensor | None = None) -> None:
-        """Add the tokens of x (any leading shape, last dimension `width`); weights: 1 by default."""
+    def update_(self, x_TI: Tensor, weights_T: Tensor | None = None, grain_I: Tensor | None = None) -> None:
+        """Add the tokens of x (any leading shape, last dimension `width`).
+
+        weights: 1 by default; grain: of the first batch of all, see there, by default of this one.
+        """
         x_TI = x_TI.reshape(-1, self.width).float()
+        grain_I = (grain(x_TI) if grain_I is None else grain_I).to(self._sum_I.device)
         self.count += len(x_TI)
-        self.weight += len(x_TI) if weights_T is None else float(weights_T.double().sum())
-        self._sum_I += x_TI.sum(0).to(self._sum_I.device)
+        self.weight += _weight(x_TI, weights_T)
+        self._sum_I += rounded(x_TI.sum(0), grain_I)
         if weights_T is not None:
             x_TI = x_TI * weights_T.to(x_TI).sqrt()[:, None]
         step = max(1, math.ceil(self.width / _TRIANGLE_BLOCKS))
         for start in range(0, self.width, step):
             block_TB = x_TI[:, start : start + step]
             product_BI = block_TB.T @ x_TI[:, start:]
-            self._upper_II[start : start + step, start:] += product_BI.to(self._upper_II.device)
+            grain_BI = grain_I[start : start + step, None] * grain_I[start:]
+            self._upper_II[start : start + step, start:] += rounded(product_BI, grain_BI)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """What is added up over processes, in place: `restore_counts_` with the last one follows."""
+        counts = torch.tensor([self.count, self.weight], dtype=torch.float64, device=self._sum_I.device)
+        return self._upper_II, self._sum_I, counts
+
+    def restore_counts_(self, counts: Tensor) -> None:
+        self.count, self.weight = int(counts[0]), float(counts[1])
 
     def __add__(self, other: "Moments") -> "Moments":
         merged = Moments(self.width, self.device, self.count + other.count, self.weight + other.weight)
@@ -101,6 +146,10 @@ class Moments:
             "weight": torch.tensor(self.weight, dtype=torch.float64),
         }
 
+    def as_stored_(self) -> None:
+        """What `from_state` gives of its `state`, in place."""
+        self._upper_II.copy_(self._upper_II.float())
+
     @staticmethod
     def from_state(state: Mapping[str, Tensor], device: torch.device | str = "cpu") -> "Moments":
         """What `state` was taken of, to float32."""
@@ -144,16 +193,33 @@ class CrossMoments:
         self._sum_OI = torch.zeros(self.rows, self.columns, dtype=torch.float64, device=self.device)
         self._sum_O = torch.zeros(self.rows, dtype=torch.float64, device=self.device)
 
-    def update_(self, t_TO: Tensor, x_TI: Tensor, weights_T: Tensor | None = None) -> None:
-        """Add pairs of tokens; both tensors share their leading shape. weights: 1 by default."""
-        t_TO = t_TO.reshape(-1, self.rows).float()
+    def update_(
+        self,
+        t_TO: Tensor,
+        x_TI: Tensor,
+        weights_T: Tensor | None = None,
+        grains: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
+        """Add pairs of tokens; both tensors share their leading shape. weights: 1 by default; grains: of t
+        and x, as in `Moments`."""
+        t_TO, x_TI = t_TO.reshape(-1, self.rows).float(), x_TI.reshape(-1, self.columns).float()
+        grain_O, grain_I = (
+            g.to(self._sum_O.device) for g in ((grain(t_TO), grain(x_TI)) if grains is None else grains)
+        )
         self.count += len(t_TO)
-        self.weight += len(t_TO) if weights_T is None else float(weights_T.double().sum())
-        self._sum_O += t_TO.sum(0).to(self._sum_O.device)
+        self.weight += _weight(t_TO, weights_T)
+        self._sum_O += rounded(t_TO.sum(0), grain_O)
         if weights_T is not None:
             t_TO = t_TO * weights_T.to(t_TO)[:, None]
-        product_OI = t_TO.T @ x_TI.reshape(-1, self.columns).float()
-        self._sum_OI += product_OI.to(self._sum_OI.device)
+        self._sum_OI += rounded(t_TO.T @ x_TI, grain_O[:, None] * grain_I)
+
+    def sums(self) -> tuple[Tensor, ...]:
+        """As `Moments.sums`."""
+        counts = torch.tensor([self.count, self.weight], dtype=torch.float64, device=self._sum_O.device)
+        return self._sum_OI, self._sum_O, counts
+
+    def restore_counts_(self, counts: Tensor) -> None:
+        self.count, self.weight = int(counts[0]), float(counts[1])
 
     def __add__(self, other: "CrossMoments") -> "CrossMoments":
         merged = CrossMoments(
@@ -172,6 +238,13 @@ class CrossMoments:
     def target_mean(self) -> Tensor:
         """E[t], (O,) float64, all tokens alike."""
         return self._sum_O / max(self.count, 1)
+
+
+def _weight(x_TI: Tensor, weights_T: Tensor | None) -> float:
+    """The tokens' weights together, in multiples of 2^-20, whose sums are exact."""
+    if weights_T is None:
+        return float(len(x_TI))
+    return round(float(weights_T.double().sum()) * 2.0**20) / 2.0**20
 
 
 def _cholesky(gram_II: Tensor, ridge_I: Tensor) -> Tensor:

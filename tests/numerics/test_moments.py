@@ -1,5 +1,6 @@
 """Second moments: sums that merge in any order and equal a direct computation."""
 
+from collections.abc import Sequence
 from itertools import permutations
 from typing import Any
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from lrsd.errors import SolverError
-from lrsd.numerics.moments import CrossMoments, Moments, energy
+from lrsd.numerics.moments import CrossMoments, Moments, energy, grain
 
 # Partial products are float32: relative to the largest entry they are good to a few times 1e-7.
 FLOAT32 = 2e-6
@@ -165,3 +166,44 @@ def test_no_direction_becomes_negative_however_the_part_moved(generator: torch.G
     assert not moments_of(x_TI).moved(nothing, nothing).gram.isnan().any()
     with pytest.raises(SolverError):
         moments_of(x_TI).moved(moments_of(x_TI[:40]), moments_of(after_TI * torch.nan))
+
+
+def test_sums_are_the_same_bytes_whoever_adds_what(generator: torch.Generator) -> None:
+    """With channels and tokens thousands of times the others, as models have them, and dead channels."""
+    scales_B = [1.0, 300.0, 1e-3, 7.0, 0.1, 1.0, 40.0, 1e-2]
+    batches = [scale * torch.randn(32, 24, generator=generator) for scale in scales_B]
+    for number, x in enumerate(batches):
+        x[:, 0] *= 300
+        x[:, 1] *= 1e-3
+        x[:, 2] = 0
+        x[0, 3] = 3e4 if number % 3 == 0 else 0.0
+        x[:, 4] *= float(number > 0)  # dead in the first batch
+    weights = [torch.rand(32, generator=generator) * 3 for _ in batches]
+    targets = [x[:, :5] * 1e-2 + torch.randn(32, 5, generator=generator) for x in batches]
+    grain_I, grain_O = grain(batches[0]), grain(targets[0])
+
+    def sums(order: Sequence[int], processes: int) -> tuple[Moments, CrossMoments]:
+        parts = [(Moments(24), CrossMoments(5, 24)) for _ in range(processes)]
+        for place, number in enumerate(order):
+            moments, cross = parts[place % processes]
+            moments.update_(batches[number], weights[number], grain_I)
+            cross.update_(targets[number], batches[number], weights[number], (grain_O, grain_I))
+        whole, whole_cross = parts[0]
+        for moments, cross in parts[1:]:
+            whole, whole_cross = whole + moments, whole_cross + cross
+        return whole, whole_cross
+
+    expected, expected_cross = sums(range(8), 1)
+    for order, processes in (((7, 3, 5, 1, 0, 2, 6, 4), 1), (range(8), 2), ((4, 6, 2, 0, 1, 5, 3, 7), 3)):
+        found, found_cross = sums(order, processes)
+        assert found.weight == expected.weight
+        assert torch.equal(found.gram, expected.gram)
+        assert torch.equal(found.mean, expected.mean)
+        assert torch.equal(found_cross.mean, expected_cross.mean)
+        assert torch.equal(found_cross.target_mean, expected_cross.target_mean)
+    direct = sum(
+        (x.double() * w.double()[:, None]).T @ x.double() for x, w in zip(batches, weights, strict=True)
+    )
+    level_I = direct.diagonal().clamp(min=1e-30).sqrt()
+    off = (found.gram * found.weight - direct).abs() / (level_I[:, None] * level_I).clamp(min=1e-9)
+    assert float(off.max()) < FLOAT32, divmod(int(off.argmax()), 24)
