@@ -18,6 +18,7 @@ Examples:
   lrsd compress model-bf16.gguf --size 80MB --format gguf -o model-80.gguf
   lrsd compress ./my-model --ratio 3.5x --method gptq -o peer
   lrsd compress ./my-model --ratio 4x -o out --resume
+  torchrun --nproc-per-node gpu --no-python lrsd compress ./my-model --ratio 4x -o out
 """
 
 
@@ -44,6 +45,12 @@ Examples:
     "[default: the machine's]",
 )
 @click.option(
+    "--calibration",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Directory in which what the calibration text tells of the model is kept, and taken from by runs of "
+    "the same model and text, at other ratios for example.",
+)
+@click.option(
     "--resume",
     is_flag=True,
     help="Go on with what an earlier run of the same command has finished, kept in OUTPUT.partial; the "
@@ -55,6 +62,7 @@ def compress(
     output: Path | None,
     dry_run: bool,
     memory: str | None,
+    calibration: Path | None,
     resume: bool,
     as_json: bool,
     recipe: Path | None,
@@ -77,22 +85,25 @@ def compress(
     from lrsd.recipe import Recipe
     from lrsd.report import plan_table, summary_lines
     from lrsd.settings import parse_size
+    from lrsd.work.world import joined
 
     asked = Recipe.of(**given_options(click.get_current_context(), options))
-    progress = make_progress()
-    if isinstance(progress, LineProgress):
-        progress.note(log_header(asked.run.device, resolve_device(asked.run.device)))
-    allowed = None if memory is None else parse_size(memory)
-    if dry_run:
-        with own_process() as process:
-            prepared = plan_only(model, asked, progress, memory=allowed, process=process)
-        click.echo(json.dumps(prepared.to_dict(), indent=1) if as_json else plan_table(prepared))
-        return
-    assert output is not None
-    with own_process() as process:
-        manifest = run(model, output, asked, progress, resume=resume, memory=allowed, process=process)
-    click.echo(
-        json.dumps(asdict(manifest), indent=1)
-        if as_json
-        else "\n".join([*summary_lines(manifest), f"written         {output}"])
-    )
+    more: dict[str, Any] = {
+        "memory": None if memory is None else parse_size(memory), "calibration": calibration
+    }  # fmt: skip
+    with own_process() as process, joined() as world:
+        progress = make_progress()
+        if isinstance(progress, LineProgress) and world.leads:
+            progress.note(log_header(asked.run.device, resolve_device(asked.run.device), world.size))
+        if dry_run:
+            prepared = plan_only(model, asked, progress, process=process, world=world, **more)
+            shown = json.dumps(prepared.to_dict(), indent=1) if as_json else plan_table(prepared)
+        else:
+            assert output is not None
+            manifest = run(
+                model, output, asked, progress, resume=resume, process=process, world=world, **more
+            )
+            lines = [*summary_lines(manifest), f"written         {output}"]
+            shown = json.dumps(asdict(manifest), indent=1) if as_json else "\n".join(lines)
+    if world.leads:
+        click.echo(shown)

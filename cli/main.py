@@ -1,5 +1,6 @@
 """`lrsd`: the entry point. What lrsd itself needs is imported only when a command runs."""
 
+import os
 import signal
 import sys
 from importlib import import_module
@@ -43,6 +44,9 @@ class LazyGroup(click.Group):
 
 def main() -> None:
     """Entry point. Every expected failure ends as one line on stderr and an exit code."""
+    if _is_one_of_many():
+        # Without the C++ stack traces that torch logs for every process that has ended.
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     for number in _STOPPING:
         signal.signal(number, _terminated)
     try:
@@ -83,7 +87,7 @@ def _report(error: Exception) -> int:
 
     notes = "".join(f"; {note}" for note in getattr(error, "__notes__", []))
     if isinstance(error, LrsdError):
-        click.echo(f"lrsd: {error}{notes}", err=True)
+        click.echo(f"{_who()}: {error}{notes}", err=True)
         return error.exit_code
     torch = sys.modules.get("torch")
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
@@ -91,9 +95,18 @@ def _report(error: Exception) -> int:
         click.echo(f"lrsd: {line} Lower --batch, or take a CPU with --device cpu{notes}", err=True)
         return 1
     if isinstance(error, OSError) and error.errno is not None:
-        click.echo(f"lrsd: {error.strerror}: {error.filename or 'no file named'}{notes}", err=True)
+        click.echo(f"{_who()}: {error.strerror}: {error.filename or 'no file named'}{notes}", err=True)
         return 1
     raise error
+
+
+def _who() -> str:
+    """The program, and which of several processes."""
+    return "lrsd" + f" (process {os.environ.get('RANK')})" * _is_one_of_many()
+
+
+def _is_one_of_many() -> bool:
+    return os.environ.get("WORLD_SIZE", "1") != "1"
 
 
 def _terminated(number: int, frame: FrameType | None) -> None:

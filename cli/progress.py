@@ -19,15 +19,16 @@ def make_progress() -> Progress:
     return BarProgress() if sys.stderr.isatty() else LineProgress()
 
 
-def log_header(asked: str, device: torch.device) -> str:
+def log_header(asked: str, device: torch.device, processes: int = 1) -> str:
     """What a reader of a log wants to know: when and where this ran, on what, and the command.
 
-    asked: the device as it was asked for.
+    asked: the device as it was asked for; processes: that share the work.
     """
     found = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     found = found or "auto found no accelerator" * (asked == "auto" and device.type == "cpu")
     versions = f"lrsd {version('lrsd')}, torch {torch.__version__}"
     place = f"{device}{f' ({found})' * bool(found)}, {torch.get_num_threads()} threads"
+    place += f", {processes} processes" * (processes > 1)
     command = shlex.join(["lrsd", *sys.argv[1:]])
     return f"{time.strftime('%Y-%m-%dT%H:%M:%S%z')} {platform.node()}: {versions}, {place}: {command}"
 

@@ -3,7 +3,7 @@
 import json
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -15,7 +15,7 @@ from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.steps.embeddings import fit_embeddings
 from lrsd.steps.fit import fit_blocks
-from lrsd.steps.prepare import Clock, Prepared, prepare
+from lrsd.steps.prepare import Clock, Prepared, calibration_identity, prepare
 from lrsd.steps.proof import require_usable
 from lrsd.steps.source import SourceModel, load_source
 from lrsd.steps.write import (
@@ -26,7 +26,9 @@ from lrsd.steps.write import (
     write_result,
 )
 from lrsd.work.journal import Journal, difference, partial_directory
+from lrsd.work.kept import Kept
 from lrsd.work.process import Process
+from lrsd.work.world import World
 
 # What another try may not run into: the user or the system ended the run, or there was no room for it.
 _PASSING = (KeyboardInterrupt, SystemExit, StorageError, MemoryError, OSError, torch.OutOfMemoryError)
@@ -43,6 +45,8 @@ def compress(
     resume: bool = False,
     memory: int | None = None,
     process: Process | None = None,
+    world: World | None = None,
+    calibration: Path | None = None,
 ) -> Manifest:
     """Compress the model at `source` into the new directory `output`.
 
@@ -51,26 +55,30 @@ def compress(
 
     Args: resume: go on with what an earlier run of the same command has finished, if there is anything;
         the result is the same, byte by byte; memory: bytes of it allowed, all of the machine's by default;
-        process: what may be changed of it, nothing by default.
+        process: what may be changed of it, nothing by default; world: the processes that share the work,
+        each of which calls this, on a file system that all of them see: one alone by default; calibration: a
+        directory where what the text tells of the model is kept for runs of the same model and text.
     Raises: LrsdError; nothing is left at `output` then.
     """
-    progress, clock = progress or Progress(), Clock()
+    world, clock = world or World(), Clock()
+    progress = progress if progress and world.leads else Progress()
     require_place(output)
     require_suits(output, recipe.run.format)
-    with work_towards(output, resume) as journal, torch.no_grad(), ExitStack() as undone:
+    with work_towards(output, resume, world) as journal, torch.no_grad(), ExitStack() as undone:
         journal.claim(recipe=recipe.to_dict(), environment=environment(recipe))
         finished = resume and not journal.begun and holds_manifest(output)
         if not finished and WRITTEN not in journal:
             require_free(output)
         with clock("load"):
-            loaded = load_source(source, recipe, memory, process)
+            loaded = load_source(source, recipe, memory, process, world)
             undone.callback(loaded.residence.close)
         require_convertible(loaded, recipe.run.format)
         if finished:
             return require_same(output, loaded, recipe)
         journal.claim(model=loaded.fingerprint, text=loaded.text)
         if WRITTEN not in journal:
-            prepared = prepare(loaded, recipe, progress, clock, journal)
+            kept = _kept(calibration, loaded, recipe)
+            prepared = prepare(loaded, recipe, progress, clock, journal, kept)
             fitted = fit_blocks(
                 prepared.replay, prepared.observation, prepared.plan, loaded.budget, recipe.method, progress,
                 journal,
@@ -81,10 +89,11 @@ def compress(
                     loaded.loaded.model, loaded.embeddings, recipe.method, prepared.plan, journal
                 )
             done = Compressed(loaded, recipe, prepared.observation, prepared.plan, fitted, prepared.resources)
-            written = _written(journal, output)
-            write_result(done, written, clock.with_steps(journal))
-            if (note := require_usable(loaded, prepared.samples, written)) is not None:
-                progress.note(note)
+            if world.leads:
+                written = _written(journal, output)
+                write_result(done, written, clock.with_steps(journal))
+                if (note := require_usable(loaded, prepared.samples, written)) is not None:
+                    progress.note(note)
             journal.finish(WRITTEN)
         return move_into_place(journal, output)
 
@@ -102,16 +111,16 @@ def require_same(output: Path, source: SourceModel, recipe: Recipe) -> Manifest:
 
 
 @contextmanager
-def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
+def work_towards(output: Path, resume: bool, world: World) -> Iterator[Journal]:
     """The journal beside `output`. What it holds outlives an interruption and a full disk, but not an error
     that another try would run into again.
 
     Raises: InputError if there is unfinished work and it is not to be resumed.
     """
-    journal = Journal(partial_directory(output))
+    journal = Journal(partial_directory(output), world)
     if journal.begun and not resume and not journal.finished_steps:
         journal.remove()  # stopped before anything was finished
-        journal = Journal(journal.directory)
+        journal = Journal(journal.directory, world)
     if journal.begun and not resume:
         journal.close()
         raise InputError(
@@ -121,7 +130,7 @@ def work_towards(output: Path, resume: bool) -> Iterator[Journal]:
     try:
         yield journal
     except BaseException as error:
-        if journal.begun:
+        if journal.begun and world.leads:
             if (isinstance(error, LrsdError) and error.final) or not journal.worth_keeping:
                 journal.remove()
             elif isinstance(error, _PASSING):
@@ -145,8 +154,9 @@ def _written(journal: Journal, output: Path) -> Path:
 
 def move_into_place(journal: Journal, output: Path) -> Manifest:
     """A written checkpoint appears under its name, and the journal goes."""
-    if (written := _written(journal, output)).exists():
+    if journal.world.leads and (written := _written(journal, output)).exists():
         publish(written, output)
+    journal.world.wait()
     manifest = read_manifest(output)
     journal.remove()
     return manifest
@@ -159,16 +169,34 @@ def dry_run(
     *,
     memory: int | None = None,
     process: Process | None = None,
+    world: World | None = None,
+    calibration: Path | None = None,
 ) -> Prepared:
-    """Observe and allocate only; nothing is left on disk."""
+    """Observe and allocate only; nothing is left on disk. Arguments: see `compress`."""
+    world = world or World()
+    progress = progress if progress and world.leads else Progress()
     with (
-        tempfile.TemporaryDirectory(prefix="lrsd-") as scratch,
-        closing(Journal(Path(scratch))) as journal,
+        _scratch(world) as scratch,
+        closing(Journal(scratch, world)) as journal,
         torch.no_grad(),
         ExitStack() as undone,
     ):
         clock = Clock()
         with clock("load"):
-            loaded = load_source(source, recipe, memory, process)
+            loaded = load_source(source, recipe, memory, process, world)
             undone.callback(loaded.residence.close)
-        return prepare(loaded, recipe, progress or Progress(), clock, journal)
+        return prepare(loaded, recipe, progress, clock, journal, _kept(calibration, loaded, recipe))
+
+
+def _kept(directory: Path | None, source: SourceModel, recipe: Recipe) -> Kept | None:
+    if directory is None:
+        return None
+    return Kept(directory, calibration_identity(source, recipe, environment(recipe)))
+
+
+@contextmanager
+def _scratch(world: World) -> Iterator[Path]:
+    """A directory that all processes see, for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="lrsd-") if world.leads else nullcontext("") as made:
+        yield Path(world.tell(made))
+        world.wait()

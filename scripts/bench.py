@@ -44,8 +44,9 @@ from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
 from lrsd.steps.fit import fit_blocks
-from lrsd.steps.observe import GroupStatistics, Weights, block_statistics, observe_model
+from lrsd.steps.observe import observe_model
 from lrsd.steps.plan import choose_plan, needs_sensitivity
+from lrsd.steps.statistics import GroupStatistics, Weights, block_statistics
 from lrsd.work.files import write_json
 from lrsd.work.streams import Stream
 

@@ -55,8 +55,9 @@ from lrsd.model.samples import Samples, try_running
 from lrsd.recipe import GROUPS, Recipe
 from lrsd.report import summary_lines
 from lrsd.steps.fit import FittedBlock
-from lrsd.steps.observe import BlockStatistics, ObservedBlock
+from lrsd.steps.observe import ObservedBlock
 from lrsd.steps.plan import Plan
+from lrsd.steps.statistics import BlockStatistics
 from lrsd.work.journal import Journal
 
 # A child that has not answered after so many times --seconds is killed; address space beyond what it has.

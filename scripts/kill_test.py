@@ -5,8 +5,11 @@ Runs `lrsd compress` once uninterrupted, then again and again, each time killed 
   journal     before, amid and after the write of every journal line
   boundaries  before every file that is opened for writing, synced, renamed or removed (for tiny models)
 After every kill no finished step's file may have changed: no more than the step at work is repeated.
-Example:
+With --processes every session is one of so many processes or fewer, and at random moments any one of them is
+killed: the others must end too.
+Examples:
   OMP_NUM_THREADS=1 python scripts/kill_test.py --calib wiki.valid.raw --random 100 --journal
+  OMP_NUM_THREADS=1 python scripts/kill_test.py --calib wiki.valid.raw --random 20 --processes 4
 """
 
 import argparse
@@ -16,6 +19,7 @@ import os
 import random
 import shutil
 import signal
+import socket
 import sys
 import tempfile
 import time
@@ -31,18 +35,25 @@ from lrsd_cli.main import main as lrsd_main
 
 import lrsd.work.journal as journal
 from lrsd.compress import WRITTEN
+from lrsd.errors import TRY_AGAIN
 from lrsd.work.journal import JOURNAL, partial_directory
 
 # What a journal's write is killed at: before it, with half of the line written, with all of it.
 _MOMENTS = ("before", "amid", "after")
 Arm = Callable[[], None]
+# Seconds in which the other processes notice that one was killed.
+_GRACE = 10.0
 
 
 class KillTest:
     """One command line, its uninterrupted result, and what was killed so far."""
 
-    def __init__(self, arguments: Sequence[str], workspace: Path) -> None:
+    def __init__(
+        self, arguments: Sequence[str], workspace: Path, processes: int, generator: random.Random
+    ) -> None:
+        """processes: at most, of a session that is killed; the uninterrupted result is that of one."""
         self._arguments, self._output = arguments, workspace / "out"
+        self._processes, self._generator = processes, generator
         self._log = workspace / "log"
         self.kills: Counter[str] = Counter()
         self.completed = 0
@@ -77,11 +88,24 @@ class KillTest:
         self.completed += 1
 
     def _session(self, *, resume: bool, arm: Arm | None = None, timeout: float | None = None) -> int:
-        """One process. Returns: its exit code, negative for a signal."""
+        """One process, or several. Returns: the exit code of the one that is killed."""
         sys.stdout.flush()
-        child = os.fork()
-        if child == 0:
-            self._be_lrsd(resume, arm)
+        self._log.unlink(missing_ok=True)
+        size = self._generator.randint(1, self._processes) if resume else 1
+        port, children = free_port(), []
+        for rank in range(size):
+            children.append(os.fork())
+            if children[-1] == 0:
+                self._be_lrsd(resume, arm, rank, size, port)
+        victim = self._generator.choice(children)
+        code = self._end(victim, timeout)
+        # Those that still wait for the victim to join them are killed, as torchrun would do.
+        others = [self._end(child, _GRACE) for child in children if child != victim]
+        assert set(others) <= {0, TRY_AGAIN, -signal.SIGKILL}, self._log.read_text()
+        return code
+
+    @staticmethod
+    def _end(child: int, timeout: float | None) -> int:
         if timeout is not None:
             until = time.monotonic() + timeout
             while time.monotonic() < until:
@@ -92,8 +116,12 @@ class KillTest:
             os.kill(child, signal.SIGKILL)
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    def _be_lrsd(self, resume: bool, arm: Arm | None) -> None:
-        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    def _be_lrsd(self, resume: bool, arm: Arm | None, rank: int, size: int, port: int) -> None:
+        os.environ |= {
+            "RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(size),
+        }  # fmt: skip
+        log = os.open(self._log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)
         os.dup2(log, 2)
         if arm is not None:
@@ -108,6 +136,13 @@ class KillTest:
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(code)
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
 
 
 def finished(partial: Path) -> dict[str, tuple[int, int]]:
@@ -187,15 +222,16 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def random_kills(test: KillTest, count: int, generator: random.Random) -> None:
-    """Until so many kills have hit; half of them within a session's first steps, the others anywhere."""
+def random_kills(test: KillTest, count: int, generator: random.Random, reach: tuple[float, float]) -> None:
+    """Until so many kills have hit. reach: how far into a session, of the uninterrupted run's time, half of
+    them come at most, and the others."""
     wanted = sum(test.kills.values()) + count
 
     def moment() -> float | None:
         left = wanted - sum(test.kills.values())
         if left <= 0:
             return None
-        return generator.uniform(0, generator.choice((0.05, 0.2)) * test.seconds)
+        return generator.uniform(0, generator.choice(reach) * test.seconds)
 
     while sum(test.kills.values()) < wanted:
         test.run(lambda number: None, moment)
@@ -228,6 +264,7 @@ def main() -> None:
     options.add_argument("--journal", action="store_true", help="kills at every journal line")
     options.add_argument("--boundaries", type=int, default=0, metavar="N", help="kills at every Nth boundary")
     options.add_argument("--seed", type=int, default=0)
+    options.add_argument("--processes", type=int, default=1, metavar="N", help="at most, of every session")
     options.add_argument("more", nargs="*", help="further options of lrsd compress, behind --")
     args = options.parse_args()
     model = args.model or str(find_model())
@@ -236,11 +273,14 @@ def main() -> None:
         "--seqlen", args.seqlen, *args.more,
     ]  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="lrsd-kill-") as place:
-        test = KillTest(command, Path(place))
+        generator = random.Random(args.seed)
+        # Several processes take their time to join each other.
+        reach = (0.05, 0.2) if args.processes == 1 else (0.5, 2.0)
+        test = KillTest(command, Path(place), args.processes, generator)
         print(f"lrsd compress {' '.join(command)}: {test.seconds:.0f} s uninterrupted", flush=True)
         for name, kill in (
             ("at every journal line", lambda: journal_kills(test) if args.journal else None),
-            ("at random moments", lambda: random_kills(test, args.random, random.Random(args.seed))),
+            ("at random moments", lambda: random_kills(test, args.random, generator, reach)),
             ("at boundaries", lambda: args.boundaries and boundary_kills(test, Path(place), args.boundaries)),
         ):
             before, start = sum(test.kills.values()), time.perf_counter()

@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from golden import digest
 from lrsd_cli.main import main
 
 from lrsd.checkpoint.verify import verify
@@ -24,14 +26,34 @@ exec {python} -c 'from lrsd_cli.main import main; main()' "$@"
 """
 # Takes down what it was asked, as SLURM's own would do it.
 SCONTROL = """#!/usr/bin/env bash
-echo "$@" >>"$(dirname "$0")/requeued"
+if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >>"$(dirname "$0")/requeued"; fi
+"""
+# Starts the tasks, hands signals on, and ends with the highest code.
+SRUN = """#!/usr/bin/env bash
+shift # --kill-on-bad-exit=1
+for ((task = 0; task < SLURM_NTASKS; task++)); do
+    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+    tasks+=($!)
+done
+trap 'kill -USR1 "${tasks[@]}"' USR1
+most=0
+for task in "${tasks[@]}"; do
+    while :; do
+        code=0
+        wait "$task" || code=$?
+        kill -0 "$task" 2>/dev/null || break
+    done
+    ((code <= most)) || most=$code
+done
+exit "$most"
 """
 
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     """Commands that the scripts call."""
-    for name, content in {"lrsd": LRSD.format(python=sys.executable), "scontrol": SCONTROL}.items():
+    commands = {"lrsd": LRSD.format(python=sys.executable), "scontrol": SCONTROL, "srun": SRUN}
+    for name, content in commands.items():
         (tmp_path / name).write_text(content)
         (tmp_path / name).chmod(0o755)
     return tmp_path
@@ -87,6 +109,34 @@ def test_a_job_warned_of_its_limit_queues_itself_and_goes_on(
     assert f"-o {out} --resume --json --ratio 4x" in header
 
 
+def test_a_job_of_several_tasks_makes_the_bytes_of_one(
+    place: Path, start: Start, tiny_model_dir: Path, text_file: Path
+) -> None:
+    """Warned of its limit like any other, and its tasks are two processes of one run."""
+    words = ("--ratio", "4x", "--calib", text_file, "--samples", 64, "--seqlen", 128)
+    job = {"SLURM_JOB_ID": "17", "SLURM_CPUS_PER_TASK": "1", "LRSD_PAUSE": "0", "SLURM_JOB_NODELIST": "here"}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    two = job | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_PORT": port}
+    process = start("compress.sbatch", tiny_model_dir, place / "two", *words, **two)
+    journal = partial_directory(place / "two") / "journal.jsonl"
+    while process.poll() is None and not (journal.exists() and "observe-0000" in journal.read_text()):
+        time.sleep(0.05)
+    process.send_signal(signal.SIGUSR1)
+    code, stderr = ended(process)
+    assert code == TRY_AGAIN, stderr
+    assert (place / "requeued").read_text() == "requeue 17\n"
+
+    code, stderr = ended(start("compress.sbatch", tiny_model_dir, place / "two", *words, **two))
+    assert code == 0, stderr
+    assert "1 threads, 2 processes: lrsd compress" in stderr
+    assert json.loads((place / "two.manifest.json").read_text())["ratio"] >= 4
+    code, stderr = ended(start("compress.sbatch", tiny_model_dir, place / "one", *words, **job))
+    assert code == 0, stderr
+    assert digest(place / "one") == digest(place / "two")
+
+
 def test_what_can_never_succeed_is_not_queued_again(place: Path, start: Start, tiny_model_dir: Path) -> None:
     code, stderr = ended(start("compress.sbatch", tiny_model_dir, place / "out", "--ratio", "0.5x"))
     assert code == 2
@@ -107,7 +157,7 @@ def test_a_sweep_has_every_combination_once(place: Path, start: Start) -> None:
     names = {"lrsd": "", "gguf": ".gguf"}
     assert asked == [
         f"compress {model} -o made/{model.replace('/', '_')}-{ratio}-{form}{end} --resume --json "
-        f"--ratio {ratio} --format {form} --seed 1"
+        f"--ratio {ratio} --format {form} --calibration made/calibration --seed 1"
         for model in ("a/one", "b/one") for ratio in ("3x", "4x") for form, end in names.items()
     ]  # fmt: skip
     code, stderr = ended(start("sweep.sbatch", **grid, SLURM_ARRAY_TASK_ID="8"))

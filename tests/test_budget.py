@@ -116,15 +116,15 @@ def finer_by(ledger: ByteLedger, name: str) -> float:
 def test_what_a_block_takes_too_much_is_shared_by_those_to_come() -> None:
     plan = {name: coded_choice(2000) for name in "abcd"}
     ledger = ledger_of([["a"], ["b", "c"], ["d"]], plan, 8000)
-    ledger.open(0)
+    ledger.open([0])
     assert ledger.choice("a").number("step") == 1.0
     ledger.charge("a", 2000 + 240)
-    ledger.open(1)
+    ledger.open([1])
     # 240 bytes over 19,200 weights: a tenth of a bit each.
     assert finer_by(ledger, "b") == finer_by(ledger, "c") == pytest.approx(-0.1)
     ledger.charge("b", 1900)
     ledger.charge("c", 1900)
-    ledger.open(2)
+    ledger.open([2])
     assert finer_by(ledger, "d") == pytest.approx(8 * (200 - 240) / WEIGHTS)
     assert ledger.limit("d") == 8000 - 2240 - 1900 - 1900
 
@@ -135,9 +135,9 @@ def test_within_a_block_no_plan_depends_on_what_another_layer_took() -> None:
     found = []
     for taken in (1000, 2000, 4000):
         ledger = ledger_of(blocks, plan, 10_000)
-        ledger.open(0)
+        ledger.open([0])
         ledger.charge("a", 2100)
-        ledger.open(1)
+        ledger.open([1])
         seen = [ledger.choice("b")]
         ledger.charge("b", taken)
         seen.append(ledger.choice("c"))
@@ -147,13 +147,42 @@ def test_within_a_block_no_plan_depends_on_what_another_layer_took() -> None:
     assert len({choice.number("step") for choice in found[0]}) == 1
 
 
+def test_within_a_wave_no_plan_depends_on_what_another_block_took() -> None:
+    """So that processes can fit its blocks at the same time."""
+    plan = {name: coded_choice(2000) for name in "abcdef"}
+    ledger = ledger_of([[name] for name in plan], plan, 12_000)
+    first, second, *_ = ledger.waves(2)
+    assert (first, second) == (range(2), range(2, 4))
+    ledger.open(first)
+    ledger.charge("a", 2500)
+    assert ledger.choice("b") == plan["b"]
+    ledger.charge("b", 2500)
+    ledger.open(second)
+    assert finer_by(ledger, "c") == finer_by(ledger, "d") == pytest.approx(-8 * 1000 / (4 * WEIGHTS))
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 8, 30, 80])
+@pytest.mark.parametrize("fixed", [0, 1, 9])
+def test_waves_shrink_until_the_block_that_closes_the_budget_is_alone(count: int, fixed: int) -> None:
+    """fixed: blocks whose bytes are known beforehand, at the end."""
+    names = [[str(index)] for index in range(count + fixed)]
+    plan = {str(index): coded_choice(2000) for index in range(count)}
+    plan |= {str(index): Choice(2000, 0.1, {"bits": 4}) for index in range(count, count + fixed)}
+    waves = list(ledger_of(names, plan, 2000 * len(names)).waves())
+    assert [index for wave in waves for index in wave] == list(range(count + fixed))
+    sizes = [len(wave) for wave in waves if wave.start < count]
+    assert max(sizes) <= 8
+    assert sizes == sorted(sizes, reverse=True)
+    assert (sizes[-1], sum(sizes)) == (1, count)
+
+
 def test_in_the_last_block_each_layer_makes_up_for_those_before_it() -> None:
     """Or the last of them alone would: with few blocks that is a multiple of what it was planned."""
     plan = {name: coded_choice(2000) for name in "abcd"}
     ledger = ledger_of([["a"], ["b", "c", "d"]], plan, 8000)
-    ledger.open(0)
+    ledger.open([0])
     ledger.charge("a", 2000)
-    ledger.open(1)
+    ledger.open([1])
     assert ledger.choice("b").number("step") == 1.0
     ledger.charge("b", 2160)
     assert finer_by(ledger, "c") == pytest.approx(-8 * 80 / WEIGHTS)
@@ -166,12 +195,12 @@ def test_only_the_last_adjustable_layer_has_a_limit() -> None:
     """Layers after it keep what they were planned."""
     plan = {"a": coded_choice(2000), "b": coded_choice(2000), "c": Choice(SHAPE.dense_bytes)}
     ledger = ledger_of([["a", "b"], ["c"]], plan, 4100 + SHAPE.dense_bytes)
-    ledger.open(0)
+    ledger.open([0])
     assert ledger.limit("a") is None
     ledger.charge("a", 1800)
     assert ledger.limit("b") == 2300
     ledger.charge("b", 2290)
-    ledger.open(1)
+    ledger.open([1])
     assert ledger.choice("c") == plan["c"]
     assert ledger.limit("c") is None
 
@@ -180,11 +209,11 @@ def test_a_layer_left_dense_is_made_up_for() -> None:
     blocks = [["a", "b"], ["c", "d"]]
     plan = {name: coded_choice(4000) for name in "abcd"}
     ledger = ledger_of(blocks, plan, 16_000)
-    ledger.open(0)
+    ledger.open([0])
     ledger.charge("a", SHAPE.dense_bytes)
     assert ledger.choice("b").number("step") == 1.0
     ledger.charge("b", 4000)
-    ledger.open(1)
+    ledger.open([1])
     missing = SHAPE.dense_bytes - 4000
     assert finer_by(ledger, "c") == pytest.approx(-8 * missing / (2 * WEIGHTS))
     ledger.charge("c", 4000 - missing // 2)
@@ -195,16 +224,18 @@ def test_a_plan_of_fixed_bytes_is_left_as_it_is() -> None:
     plan = {name: Choice(2000, 0.1, {"bits": 4, "group": 64}) for name in "ab"}
     ledger = ledger_of([["a"], ["b"]], plan, 5000)
     for index, name in enumerate("ab"):
-        ledger.open(index)
+        ledger.open([index])
         assert ledger.choice(name) == plan[name]
         assert ledger.limit(name) is None
         ledger.charge(name, 2000)
 
 
 @hypothesis_settings(max_examples=100, deadline=None, derandomize=True, database=None)
-@given(st.integers(0, 2**31), st.integers(1, 6), st.integers(1, 5), st.floats(0, 0.08))
+@given(
+    st.integers(0, 2**31), st.integers(1, 20), st.integers(1, 5), st.floats(0, 0.08), st.sampled_from((1, 8))
+)
 def test_the_sum_lands_on_the_budget_whatever_the_coder_takes(
-    seed: int, blocks: int, layers: int, spread: float
+    seed: int, blocks: int, layers: int, spread: float, size: int
 ) -> None:
     """Streams of 4 bits per weight, each up to `spread` more or less than was planned; the first may stay
     dense."""
@@ -220,9 +251,9 @@ def test_the_sum_lands_on_the_budget_whatever_the_coder_takes(
         return lambda choice: int(WEIGHTS / 8 * misses[name] * (4 - math.log2(choice.number("step"))))
 
     spent = 0
-    for index, block in enumerate(names):
-        ledger.open(index)
-        for name in block:
+    for wave in ledger.waves(size):
+        ledger.open(wave)
+        for name in (name for index in wave for name in names[index]):
             choice, limit = ledger.choice(name), ledger.limit(name)
             if name in left_dense:
                 nbytes = SHAPE.dense_bytes

@@ -102,7 +102,16 @@ def test_help_explains_every_option_and_gives_examples(name: str, run: Run) -> N
 
 
 # What `lrsd compress` has besides settings.
-NO_SETTINGS = {"model", "--output", "--recipe", "--resume", "--memory", "--dry-run", "--json"}
+NO_SETTINGS = {
+    "model",
+    "--output",
+    "--recipe",
+    "--calibration",
+    "--resume",
+    "--memory",
+    "--dry-run",
+    "--json",
+}
 
 
 def test_options_of_compress_are_the_settings_and_no_others() -> None:
@@ -416,6 +425,6 @@ def test_full_memory_of_an_accelerator_is_one_line(
         main()
     assert stop.value.code == 1
     assert capsys.readouterr().err == (
-        "lrsd: CUDA out of memory. Tried to allocate 2.00 GiB. Lower --batch, or take a CPU with --device cpu; "
-        "finished work is kept in out.partial\n"
+        "lrsd: CUDA out of memory. Tried to allocate 2.00 GiB. Lower --batch, or take a CPU with --device "
+        "cpu; finished work is kept in out.partial\n"
     )

@@ -22,7 +22,7 @@ from lrsd.steps.plan import better_plan
 def test_what_is_compared_is_what_would_be_lost(
     tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(lrsd.steps.plan, "_TRUSTED_KL", 0.0)
+    monkeypatch.setattr(lrsd.steps.plan, "_TRUSTED_KL", dict.fromkeys((False, True), 0.0))
     calibration = Calibration(calib=str(text_file), samples=16, seqlen=32)
     settings = {"ratio": 3, "bits": "16", "alternations": 1, "propagate": False}
     prepared = dry_run(str(tiny_model_dir), on(Recipe.of(**settings), calibration))

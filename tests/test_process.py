@@ -123,7 +123,7 @@ def test_an_own_process_multiplies_in_float32(monkeypatch: pytest.MonkeyPatch) -
     try:
         assert rounds_products(cuda)
         assert not rounds_products(torch.device("cpu"))
-        with pytest.raises(InterruptedError), own_process():
+        with pytest.raises(InterruptedError), own_process():  # noqa: PT012 - the end is part of it
             assert not rounds_products(cuda)
             assert not torch.backends.cudnn.allow_tf32
             assert torch.backends.cudnn.deterministic

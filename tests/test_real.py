@@ -21,7 +21,7 @@ from lrsd.numerics.lowrank import best_low_rank, pivot_factors, spectrum_errors
 from lrsd.numerics.solver import decompose, relative_error
 from lrsd.numerics.structured import fit_with_columns, select_columns, split_columns
 from lrsd.recipe import Recipe
-from lrsd.steps.observe import Weights, block_statistics
+from lrsd.steps.statistics import Weights, block_statistics
 from lrsd.work.streams import Stream
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))

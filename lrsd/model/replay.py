@@ -83,25 +83,39 @@ class Replay:
         batches: Iterable[Samples],
         new_stream: Callable[[str], Stream] = lambda name: Stream(),
         finished: Callable[[nn.Module], None] = lambda block: None,
+        world: World | None = None,
     ) -> "Replay":
         """Raises: InputError if the model does something between two blocks, or runs one twice."""
+        world = world or World()
         calls: list[list[_Call]] = []
         entering = tuple(new_stream(f"entering-{stack}") for stack in range(layout.stacks))
         encoded: Any = None
         by_shape: dict[Any, list[list[_Call]]] = {}
         sizes: list[int] = []
-        for samples in batches:
+        for number, samples in enumerate(batches):
             sizes.append(len(samples))
             alike = by_shape.setdefault(samples.shapes, [])
             shared = layout.stacks == 1 and len(alike) > 1 and _same(alike[0], alike[1])
+            calls.append(alike[0] if shared else [])
+            if not world.owns(number) and (shared or (layout.stacks > 1 and number > 0)):
+                continue  # another process runs it; of batch 0 all know the calls
             traced = _trace(model, layout, samples, only_entry=shared)
-            for stream, hidden in zip(entering, traced.entering, strict=True):
-                stream.append(hidden)
+            if world.owns(number):
+                for stream, hidden in zip(entering, traced.entering, strict=True):
+                    stream.put(number, hidden)
             encoded = traced.encoded if encoded is None else encoded
-            calls.append(alike[0] if shared else traced.calls)
+            if not shared:
+                calls[number] = traced.calls
             if len(alike) < 2:
                 alike.append(traced.calls)
-        return Replay(model, layout, tuple(calls), entering, encoded, tuple(sizes), finished)
+        world.wait()
+        return Replay(model, layout, tuple(calls), entering, encoded, tuple(sizes), finished, world)
+
+    def waves(self, blocks: range | None = None) -> Iterator[range]:
+        """Numbers of these blocks, or of all, as many at a time as there are processes to own one each."""
+        blocks = range(len(self.layout.blocks)) if blocks is None else blocks
+        for start in range(blocks.start, blocks.stop, self.world.size):
+            yield range(start, min(start + self.world.size, blocks.stop))
 
     @property
     def device(self) -> torch.device:
@@ -135,9 +149,8 @@ class Replay:
         """Run one block on every batch of this process: the only loop over batches.
 
         Args: before, outputs: where its hidden states come from and go to; observe: called with number,
-        hidden
-            states, output, and inputs by group name; until: the one group to look at, what comes after it in
-            the block not being run: there is no output then; run: what runs a batch, instead of
+            hidden states, output, and inputs by group name; until: the one group to look at, what comes after
+            it in the block not being run: there is no output then; run: what runs a batch, instead of
             `run_with_inputs`.
         """
         for batch in self.world.share(len(before)):

@@ -110,11 +110,8 @@ def round_columns(
     upper_II, columns = factor.upper_II, factor.order_I.tolist()
     for start in range(0, factor.width, _BLOCK):
         stop = min(start + _BLOCK, factor.width)
-        codes, values, errors = (
-            [],
-            [],
-            [],
-        )  # put together per block: an accelerator has a launch less for each
+        # Put together per block: an accelerator has a launch less for each.
+        codes, values, errors = list[Tensor](), list[Tensor](), list[Tensor]()
         for i in range(start, stop):
             code_O, value_O = quantize(columns[i], ordered_IO[i])
             error_O = (ordered_IO[i] - value_O) / upper_II[i, i]

@@ -65,12 +65,10 @@ def observe_embeddings(
     A head is measured by its outputs, tr(E G E^T) with G of what it reads; an embedding by its rows, |E|^2;
     one matrix that is both by the two relative errors in equal shares.
     """
-    if names and OBSERVE_STEP not in workspace:
-        assert isinstance(method, Gguf), "the only one that stores embeddings like other matrices"
-        workspace.finish(OBSERVE_STEP, _observe(replay, samples, names, method))
     if not names:
         return observation
-    found = workspace.read(OBSERVE_STEP, ObservedEmbeddings)
+    assert isinstance(method, Gguf), "the only one that stores embeddings like other matrices"
+    found = workspace.made(OBSERVE_STEP, ObservedEmbeddings, lambda: _observe(replay, samples, names, method))
     return replace(
         observation,
         menus=observation.menus | found.menus,
@@ -84,11 +82,12 @@ def fit_embeddings(
     """Every matrix at its planned offer, put into the model."""
     if not names:
         return {}
-    if FIT_STEP not in workspace:
-        grams = workspace.read(OBSERVE_STEP, ObservedEmbeddings).grams
-        fitted = {name: _fit(model, name, grams[name], method, plan) for name in names}
-        workspace.finish(FIT_STEP, FittedBlock(fitted))
-    fitted = workspace.read(FIT_STEP, FittedBlock).layers
+    grams = workspace.read(OBSERVE_STEP, ObservedEmbeddings).grams
+
+    def fit() -> FittedBlock:
+        return FittedBlock({name: _fit(model, name, grams[name], method, plan) for name in names})
+
+    fitted = workspace.made(FIT_STEP, FittedBlock, fit).layers
     for name, layer in fitted.items():
         if layer.entry is not None:
             weight = model.get_submodule(name).weight

@@ -135,18 +135,26 @@ class Speed:
 
 @dataclass(frozen=True)
 class TimeEstimate:
-    """Seconds of the calibration pass, of the fit, and of what propagation adds to it."""
+    """Seconds of the calibration pass, of the fit, and of what propagation adds to it; of one process.
+
+    processes: that share the calibration pass, and a fit that does not propagate. Of one that does they share
+    hardly more than the passes, which is not counted on.
+    """
 
     observe: float
     fit: float
     propagate: float
+    processes: int = 1
 
     def total(self, *, propagate: bool) -> float:
-        return self.observe + self.fit + self.propagate * propagate
+        return self.observe / self.processes + self._rest(propagate)
 
     def remaining(self, observed: float, *, propagate: bool) -> float:
         """The fit's, once the calibration pass is known to have taken `observed` seconds."""
-        return (self.fit + self.propagate * propagate) * observed / self.observe
+        return self._rest(propagate) * observed / (self.observe / self.processes)
+
+    def _rest(self, propagate: bool) -> float:
+        return self.fit + self.propagate if propagate else self.fit / self.processes
 
 
 @dataclass(frozen=True)
@@ -169,8 +177,9 @@ def estimate_resources(
     recipe: Recipe,
     residence: Residence,
     budget: int,
+    processes: int = 1,
 ) -> ResourceEstimate:
-    """What the calibration pass and the fit will take.
+    """What the calibration pass and the fit will take, of the disk by all processes, of memory by each.
 
     Memory: what is there at rest, weights, menus, and the largest working set, that of a block's replay
     and moments, of a layer's solver, or of a probe, which widens a block and what is in none to float32. With
@@ -184,15 +193,16 @@ def estimate_resources(
     onloading = residence.onloading
     weights = residence.weights((block.name for block in layout.blocks), budget)
     memory = residence.at_rest() + weights + _MENU * len(layout.linears)
-    disk = _disk(model, layout, samples, recipe, value, budget, kept)
+    disk = _disk(model, layout, samples, recipe, value, budget, kept, processes)
     if onloading is None:
-        alone = max(w.total for w in _working_sets(model, layout, samples, recipe, kept + budget))
+        sets = list(_working_sets(model, layout, samples, recipe, kept + budget, processes=processes))
+        alone = max(w.total for w in sets)
         return ResourceEstimate(max(memory + alone, peak_rss()), disk)
     widths = sorted({group.in_features for group in layout.groups}, reverse=True)
     if exact_device(onloading.device) != onloading.device:
         widths = [0]
     for widest in (*widths, 0):
-        sets = list(_working_sets(model, layout, samples, recipe, kept + budget, widest))
+        sets = list(_working_sets(model, layout, samples, recipe, kept + budget, widest, processes))
         working = max(w.device for w in sets)
         if onloading.limit is None or onloading.least + working <= onloading.limit:
             break
@@ -202,12 +212,20 @@ def estimate_resources(
 
 
 def _disk(
-    model: Model, layout: Layout, samples: Samples, recipe: Recipe, value: int, budget: int, kept: int
+    model: Model,
+    layout: Layout,
+    samples: Samples,
+    recipe: Recipe,
+    value: int,
+    budget: int,
+    kept: int,
+    processes: int,
 ) -> int:
     """The larger of what plans are compared with, dense approximations and logits, and of what is fitted and
     written. kept: bytes of weights that are not compressed."""
     stored = sum(2 * group.in_features**2 for group in layout.groups)
-    hidden = samples.positions * _STREAMS * layout.stream_width
+    # Of as many blocks as there are processes to observe them.
+    hidden = samples.positions * (_STREAMS + processes - 1) * layout.stream_width
     compared = 0
     if may_compare(recipe):
         weights = sum(spec.shape.dense_bytes // 2 for spec in layout.linears.values())
@@ -228,7 +246,13 @@ def _disk(
 
 
 def _working_sets(
-    model: Model, layout: Layout, samples: Samples, recipe: Recipe, stored: int, widest: float = math.inf
+    model: Model,
+    layout: Layout,
+    samples: Samples,
+    recipe: Recipe,
+    stored: int,
+    widest: float = math.inf,
+    processes: int = 1,
 ) -> Iterator[_Working]:
     """stored: bytes of the result; widest: inputs of the layers that are solved where the model runs."""
     parameters = list(model.parameters())
@@ -242,7 +266,10 @@ def _working_sets(
         moments = sum(8 * group.in_features**2 for group in here)
         saved = sum(_STORED_SQUARES * group.in_features**2 for group in block.groups)
         elsewhere = sum(8 * group.in_features**2 for group in block.groups) - moments
-        yield _Working(moments + _replaying(block, replayed, value, reach), elsewhere + saved)
+        # Of several processes each has the block that it owns to wait for, beside the one that is run.
+        waiting = min(processes, 2)
+        replaying = waiting * moments + _replaying(block, replayed, value, reach)
+        yield _Working(replaying, waiting * elsewhere + saved)
         for group in block.groups:
             square = group.in_features**2
             layer = group.in_features * max(spec.shape.out_features for spec in group.linears)
@@ -257,7 +284,7 @@ def _working_sets(
                 pair = 8 * (_PAIR_SQUARES * square + _PAIR_WEIGHTS * rows * group.in_features)
                 yield _Working(pair) if group in here else _Working(host=pair)
         if recipe.method.weighs_rows or recipe.method.weighs_tokens:
-            yield _Working(moments + _differentiating(block, replayed, reach), elsewhere)
+            yield _Working(waiting * moments + _differentiating(block, replayed, reach), waiting * elsewhere)
         if needs_sensitivity(recipe):
             widened = sum(4 * p.numel() for p in model.get_submodule(block.name).parameters())
             # Of the block as it is perturbed, and of one that runs after it; torch's and the block's own.
@@ -374,15 +401,17 @@ def estimate_time(
     speed: Speed,
     per_pass: float,
     division: Division | None = None,
+    processes: int = 1,
 ) -> TimeEstimate:
-    """Roughly. per_pass: seconds of one pass over all samples, through all blocks."""
+    """Roughly. per_pass: seconds of one pass over all samples, through all blocks, in one process."""
     division = division or Division()
     counted = (
         count_observing(model, layout, samples, recipe, division),
         count_fitting(layout, recipe, division),
         count_propagating(model, layout, samples, recipe, division),
     )
-    return TimeEstimate(*(speed.seconds(work, per_pass) for work in counted))
+    observe, fit, propagate = (speed.seconds(work, per_pass) for work in counted)
+    return TimeEstimate(observe, fit, propagate, processes)
 
 
 def _solving(layout: Layout, times: tuple[float, float], division: Division) -> Operations:

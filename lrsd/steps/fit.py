@@ -1,8 +1,10 @@
 """The fit: every planned layer solved in the order of the model, block by block."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -11,17 +13,26 @@ from torch import Tensor, nn
 from lrsd.errors import BudgetError, SolverError
 from lrsd.forms.layer import parse_layer
 from lrsd.methods.base import LayerProblem, Method, Solution, State, Status
-from lrsd.model.layout import InputGroup
+from lrsd.model.layout import InputGroup, LinearSpec
 from lrsd.model.replay import Replay
 from lrsd.model.slots import WeightSlot, weight_slot
 from lrsd.numerics.menu import Choice
-from lrsd.numerics.solver import propagated_target
-from lrsd.numerics.weights import row_scales
 from lrsd.progress import Progress
 from lrsd.steps.budget import ByteLedger
-from lrsd.steps.observe import Observation, layer_problem
+from lrsd.steps.observe import Observation
 from lrsd.steps.plan import Plan
-from lrsd.steps.propagate import Pair, TwoStreams, fit_step, pair_moments, ways_of
+from lrsd.steps.propagate import (
+    RIDGES,
+    Pair,
+    TwoStreams,
+    Way,
+    fit_step,
+    pair_moments,
+    streams_after,
+    ways_of,
+)
+from lrsd.steps.statistics import GroupStatistics
+from lrsd.steps.target import PropagatedTargets, Target, dense_targets, weights_of
 from lrsd.work.journal import Workspace
 from lrsd.work.process import release_freed
 
@@ -90,26 +101,24 @@ def fit_blocks(
     progress.stage("compress", len(replay.layout.blocks))
     fitted: dict[str, Fitted] = {}
     ledger = _ledger(replay, plan, method, budget)
-    fit = _BlockFit(replay, observation, plan, method, ledger)
-    for index, block in enumerate(replay.layout.blocks):
-        step = fit_step(index)
-        ledger.open(index)
-        finished = step in workspace
-        if not finished:
-            streams = (
-                TwoStreams.start(workspace, replay, index, rounds=method.rounds) if plan.propagate else None
-            )
-            found = FittedBlock(fit.run(index, streams))
-            workspace.finish(step, found, keep=streams.finish() if streams else [])
-        replay.finished(replay.block(index))
-        # Mapped from its file: what is in memory of it can be released.
-        layers = workspace.read(step, FittedBlock).layers
-        for name, layer in layers.items():
-            if finished:
-                ledger.charge(name, layer.choice.nbytes)
-            layer.install(weight_slot(replay.model, name))
-        fitted |= layers
-        progress.step(block.name)
+    fit = _BlockFit(replay, observation, plan, method, ledger, workspace)
+    for wave in ledger.waves(1) if plan.propagate else ledger.waves():
+        ledger.open(wave)
+        for blocks in replay.waves(wave):
+            missing = [index for index in blocks if fit_step(index) not in workspace]
+            charged = fit.blocks(missing)
+            for index in blocks:
+                if index in missing:
+                    workspace.finish(fit_step(index), keep=streams_after(index) if plan.propagate else [])
+                replay.finished(replay.block(index))
+                # Mapped from its file: what is in memory of it can be released.
+                layers = workspace.read(fit_step(index), FittedBlock).layers
+                for name, layer in layers.items():
+                    if index not in charged:
+                        ledger.charge(name, layer.choice.nbytes)
+                    layer.install(weight_slot(replay.model, name))
+                fitted |= layers
+                progress.step(replay.layout.blocks[index].name)
     _require_within(budget, fitted)
     return fitted
 
@@ -132,16 +141,6 @@ def _require_within(budget: int, fitted: dict[str, Fitted]) -> None:
 
 
 @dataclass(frozen=True)
-class _Target:
-    """What one layer is fitted to, and how that was come by. interpolation: see `Fitted`; damping: of the
-    target's own solution, where the usual one did not do."""
-
-    problem: LayerProblem
-    interpolation: float = 0.0
-    damping: float = 0.0
-
-
-@dataclass(frozen=True)
 class _BlockFit:
     """The fit of one block after the other."""
 
@@ -150,91 +149,163 @@ class _BlockFit:
     plan: Plan
     method: Method
     ledger: ByteLedger
+    workspace: Workspace
 
-    def run(self, index: int, streams: TwoStreams | None) -> dict[str, Fitted]:
-        """All layers of one block; with propagation also its outputs."""
-        model, fitted = self.replay.model, dict[str, Fitted]()
+    def blocks(self, indices: Sequence[int]) -> list[int]:
+        """Fit these blocks: with propagation all processes at one, else each those that it owns. Returns:
+        which of them this process has charged to its ledger."""
+        if self.plan.propagate:
+            for index in indices:
+                streams = TwoStreams.start(self.workspace, self.replay, index, rounds=self.method.rounds)
+                found = FittedBlock(self.together(index, streams))
+                streams.finish()
+                if self.replay.world.leads:
+                    self.workspace.put(fit_step(index), found)
+            return list(indices)
+        own = [index for index in indices if self.replay.world.owns(index)]
+        for index in own:
+            self.workspace.put(fit_step(index), FittedBlock(self.alone(index)))
+        return own
+
+    def alone(self, index: int) -> dict[str, Fitted]:
+        """All layers of one block by the dense model's statistics, in this process."""
+        fitted: dict[str, Fitted] = {}
+        for group in self.replay.layout.blocks[index].groups:
+            statistics = self.observation.statistics[group.name]
+            targets = partial(dense_targets, self.replay, group, statistics, self.method)
+            fitted |= self._fit_group(group.linears, targets)
+        return fitted
+
+    def together(self, index: int, streams: TwoStreams) -> dict[str, Fitted]:
+        """All layers of one block and its outputs, on the compressed model's activations; of layers that
+        read the same inputs, processes fit one each."""
+        model, rank, fitted = self.replay.model, self.replay.world.rank, dict[str, Fitted]()
         moved = False
         for group in self.replay.layout.blocks[index].groups:
-            pair = None
-            if streams is not None and group.token_aligned:
-                tokens = self.observation.statistics[group.name].tokens
-                pair = pair_moments(self.replay, index, group, streams, tokens)
-                release_freed()
-            try:
-                targets = self._targets(group, pair)
-            except SolverError as error:
-                for spec in group.linears:
-                    fitted[spec.name] = self._left_dense(spec.name, str(error))
-                continue
-            ends = pair is not None and pair.ends
-            pair = None  # many squares of the group's width
+            owners = self._owners(group)
+            mine = [spec for spec in group.linears if owners[spec.name] == rank]
+            statistics = self.observation.statistics[group.name]
             before = _affine(model, group.name)
-            for spec in group.linears:
-                if (reason := self.observation.unsolved.get(spec.name)) is not None:
-                    fitted[spec.name] = self._left_dense(spec.name, reason)
-                else:
-                    fitted[spec.name] = self._fit_layer(weight_slot(model, spec.name), targets[spec.name])
-            release_freed()
-            if streams is not None and ends:
+            if group.token_aligned:
+                helper = next((r for r in range(self.replay.world.size) if r not in owners.values()), 0)
+                users = {*owners.values(), helper}
+                pair = pair_moments(self.replay, index, group, streams, statistics.tokens, users)
+                release_freed()
+                ends = pair.ends
+                found = self._fit_pair(group, pair, statistics, mine, helper)
+                del pair  # many squares of the group's width
+            else:
+                targets = partial(dense_targets, self.replay, group, statistics, self.method)
+                found = self._fit_group(mine, targets)
+                ends = False
+            fitted |= self._exchanged(owners, found)
+            if ends:
                 streams.move_on(before, _affine(model, group.name))
                 moved = True
-        if streams is not None and not moved:
+        if not moved:
             self.replay.pass_(index, streams.compressed, streams.compressed_outputs)
         return fitted
 
-    def _targets(self, group: InputGroup, pair: Pair | None) -> dict[str, _Target]:
-        """Raises: SolverError."""
-        if pair is not None:
-            return self._propagated_targets(group, pair)
-        statistics = self.observation.statistics[group.name]
-        metric, mean_I = self.method.metric(statistics.moments), statistics.moments.mean
-        targets = {}
-        for spec in group.linears:
-            own = layer_problem(self.replay, spec.name, metric, math.inf)
-            problem = replace(own, input_mean_I=mean_I, target_mean_O=own.W_OI @ mean_I)
-            targets[spec.name] = _Target(problem.weighted(statistics.exponents(spec.name)))
-        return targets
+    def _fit_pair(
+        self,
+        group: InputGroup,
+        pair: Pair,
+        statistics: GroupStatistics,
+        mine: Sequence[LinearSpec],
+        helper: int,
+    ) -> dict[str, Fitted]:
+        """helper: the process that looks for the way to the targets, while those that fit layers, `mine`,
+        prepare them."""
+        failed: SolverError | None = None
+        prepared: PropagatedTargets | None = None
+        ways: list[Way] = []
+        try:
+            if mine:
+                prepared = PropagatedTargets.of(self.replay, group, pair, statistics, self.method)
+        except SolverError as error:
+            failed = error
+        try:
+            ways = self._ways(group, pair, helper)  # by all processes, whatever one of them ran into
+        except SolverError as error:
+            failed = failed or error
 
-    def _propagated_targets(self, group: InputGroup, pair: Pair) -> dict[str, _Target]:
-        """Weights between W and W*, which makes up for the errors of its inputs, as far as held-out text
-        agrees.
+        def targets() -> dict[str, Target]:
+            if failed is not None:
+                raise failed
+            assert prepared is not None
+            return prepared.along(ways)
 
-        The held-out error is quadratic along W + b (W* - W), so that each layer's best b has a closed
-        form; of several ridges, each with its W*, the one is taken that leaves least of it. The layers of a
-        group share the metric, so that their rows are solved for together.
-        """
-        statistics = self.observation.statistics[group.name]
-        moments, cross = pair.moments_(statistics.moments), pair.fit_missing + pair.held_out_missing
-        metric = self.method.metric(moments)
-        own = {s.name: layer_problem(self.replay, s.name, metric, math.inf) for s in group.linears}
-        W_OI = torch.cat([problem.W_OI for problem in own.values()])
-        ways, missing_OI = ways_of(pair, W_OI), pair.missing(W_OI, cross)
-        solving_II = (pair.fit + pair.held_out).gram if pair.writes_residual else metric.gram
-        full: dict[float, tuple[Tensor, float]] = {}
-        mean_O = W_OI @ moments.mean + pair.missing_mean(W_OI, cross)
-        targets, end = {}, 0
-        for spec in group.linears:
-            start, end = end, end + spec.shape.out_features
-            rows_O = statistics.exponents(spec.name)
-            importances_O = torch.ones_like(W_OI[start:end, 0])
-            if rows_O is not None:
-                importances_O = row_scales(rows_O).to(importances_O) ** -2
-            _, weight, ridge = max(way.best(slice(start, end), importances_O) for way in ways)
-            own_OI = W_OI[start:end]
-            # Of a layer without weights the plan knows the step of nothing only.
-            weight = weight if own_OI.any() else 0.0
-            if ridge not in full:
-                full[ridge] = propagated_target(W_OI, solving_II, missing_OI, damping=ridge)
-            full_OI, damping = full[ridge]
-            W_target_OI = own_OI + weight * (full_OI[start:end] - own_OI)
-            problem = replace(
-                own[spec.name], W_OI=W_target_OI, input_mean_I=moments.mean, target_mean_O=mean_O[start:end]
-            )
-            targets[spec.name] = _Target(problem.weighted(rows_O), weight, damping)
-        return targets
+        return self._fit_group(mine, targets)
 
-    def _fit_layer(self, slot: WeightSlot, target: _Target) -> Fitted:
+    def _ways(self, group: InputGroup, pair: Pair, helper: int) -> list[Way]:
+        """Found by one process, told to all; none of them leads anywhere where there is no solution."""
+        world, W_OI = self.replay.world, weights_of(self.replay, group)
+        if world.size == 1:
+            return ways_of(pair, W_OI)
+        table = torch.full((len(RIDGES), 2, len(W_OI)), math.nan, device=pair.fit.gram.device)
+        if world.rank == helper:
+            with suppress(SolverError):
+                found = ways_of(pair, W_OI)
+                table.copy_(torch.stack([torch.stack([way.slopes_O, way.curvatures_O]) for way in found]))
+        world.tell_([table], helper)
+        if not bool(table.isfinite().all()):
+            raise SolverError("there is no weight that makes up for the errors of its inputs")
+        return [Way(ridge, *rows) for ridge, rows in zip(RIDGES, table, strict=True)]
+
+    def _owners(self, group: InputGroup) -> dict[str, int]:
+        """Which process fits which layer: the largest one first, to whoever has least to do; of the block
+        that closes the budget, layer after layer, one process all."""
+        shapes = {spec.name: spec.shape for spec in group.linears}
+        if self.ledger.is_last:
+            return dict.fromkeys(shapes, 0)
+        tasks, owners = [0] * self.replay.world.size, {}
+        for name in sorted(shapes, key=lambda name: -shapes[name].dense_bytes):
+            owners[name] = tasks.index(min(tasks))
+            tasks[owners[name]] += shapes[name].dense_bytes
+        return {name: owners[name] for name in shapes}
+
+    def _exchanged(self, owners: Mapping[str, int], mine: dict[str, Fitted]) -> dict[str, Fitted]:
+        """The layers of a group; the weights of those of other processes are put in place."""
+        world = self.replay.world
+        if world.size == 1:
+            return mine
+        for name, layer in mine.items():
+            self.workspace.put(f"passing-{name}", layer)
+        world.wait()
+        found = {}
+        for name, owner in owners.items():
+            slot = weight_slot(self.replay.model, name)
+            W_OI = slot.read().contiguous()
+            world.tell_([W_OI], owner)
+            if owner == world.rank:
+                found[name] = mine[name]
+                continue
+            found[name] = self.workspace.read(f"passing-{name}", Fitted)
+            self.ledger.charge(name, found[name].choice.nbytes)
+            slot.write(W_OI, found[name].tensors.get("bias"))
+        return found
+
+    def _fit_group(
+        self, specs: Sequence[LinearSpec], targets: Callable[[], Mapping[str, Target]]
+    ) -> dict[str, Fitted]:
+        """specs: those layers of a group that this process fits."""
+        if not specs:
+            return {}
+        fitted = {}
+        try:
+            found = targets()
+        except SolverError as error:
+            return {spec.name: self._left_dense(spec.name, str(error)) for spec in specs}
+        for spec in specs:
+            if (reason := self.observation.unsolved.get(spec.name)) is not None:
+                fitted[spec.name] = self._left_dense(spec.name, reason)
+            else:
+                slot = weight_slot(self.replay.model, spec.name)
+                fitted[spec.name] = self._fit_layer(slot, found[spec.name])
+        release_freed()
+        return fitted
+
+    def _fit_layer(self, slot: WeightSlot, target: Target) -> Fitted:
         """Solve one layer as it is stored. Where layers after it are fitted to what it gives, the weight it
         stands for goes into the model, the dense product being faster to run. A layer left dense still takes
         the propagated weight.

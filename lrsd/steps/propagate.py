@@ -1,7 +1,8 @@
 """Error-propagating calibration: hidden states of the dense model and of the compressed one, side by side."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -11,10 +12,11 @@ from torch.nn.functional import linear
 from lrsd.model.layout import InputGroup
 from lrsd.model.replay import Replay, Residual
 from lrsd.model.slots import weight_slot
-from lrsd.numerics.moments import CrossMoments, Moments
+from lrsd.numerics.moments import CrossMoments, Moments, grain
 from lrsd.numerics.solver import propagated_target
 from lrsd.work.journal import Workspace
 from lrsd.work.streams import Leading, Stream
+from lrsd.work.world import World
 
 # Samples whose errors are followed through the model: how inputs move there is added to the moments of all.
 # Without rounding errors are large, and 64 instead of 16 take 8 % off SmolLM2-135M's KL at 1.25x.
@@ -23,7 +25,7 @@ _FOLLOWED = {True: 16, False: 64}
 _CHOOSING = 4
 
 # Ridges of the targets that are tried, in units of the mean diagonal.
-_RIDGES = (1e-2, 1e-1, 1.0)
+RIDGES = (1e-2, 1e-1, 1.0)
 # Squared norm, in units of the mean, that every token is taken to have at least.
 _LEAST_NORM = 1e-6
 
@@ -69,16 +71,19 @@ class TwoStreams:
         changed from one weight (O, I) and bias (O,) to the other: no second run."""
         change_OI = after[0] - before[0]
         shift_O = None if after[1] is None else after[1] - (before[1] if before[1] is not None else 0.0)
-        for batch, (y, x) in enumerate(zip(self.last_outputs, self.last_inputs, strict=True)):
+        for batch in self._workspace.world.share(len(self.compressed)):
+            y, x = self.last_outputs[batch], self.last_inputs[batch]
             # In float32: not every CPU has products for 16 bit.
             moved = y.float() + linear(x.float(), change_OI, shift_O).view_as(y)
             self.compressed_outputs.put(batch, moved.to(y.dtype))
 
-    def finish(self) -> Sequence[str]:
-        """The block is fitted. Returns: names of the streams that the next one begins with."""
-        for stream in self._scratch:
-            stream.drop()
-        return _names(self._step)
+    def finish(self) -> None:
+        """The block is fitted, and the next one begins with `streams_after` it."""
+        self._workspace.drop(*self._scratch)
+
+    def used(self, stream: Stream) -> None:
+        """What one group read in the dense model is not read again."""
+        self._workspace.drop(stream)
 
     def _new(self, name: str) -> Stream:
         stream = self._workspace.new_stream(f"{self._step}-{name}")
@@ -100,6 +105,11 @@ def followed_batches(replay: Replay, *, rounds: bool) -> int:
 def fit_step(index: int) -> str:
     """The name of a block's step in the journal."""
     return f"fit-{index:04d}"
+
+
+def streams_after(index: int) -> tuple[str, str]:
+    """Names of the streams that leave a block."""
+    return _names(fit_step(index))
 
 
 def _names(step: str) -> tuple[str, str]:
@@ -144,10 +154,19 @@ class Pair:
 
 
 def pair_moments(
-    replay: Replay, index: int, group: InputGroup, streams: TwoStreams, tokens: Mapping[int, Tensor]
+    replay: Replay,
+    index: int,
+    group: InputGroup,
+    streams: TwoStreams,
+    tokens: Mapping[int, Tensor],
+    owners: Collection[int],
 ) -> Pair:
     """Moments of one group's inputs in both models; of the group that writes the residual stream last also
-    what `TwoStreams.move_on` needs. tokens: weights by batch, none: alike."""
+    what `TwoStreams.move_on` needs.
+
+    tokens: weights by batch, none: alike; owners: the processes that will make use of the moments: others
+    have parts of them.
+    """
     stream, dense_inputs = streams.compressed, streams.dense_inputs[group.name]
     residual = Residual.NOWHERE
     if len(group.linears) == 1:
@@ -164,14 +183,13 @@ def pair_moments(
     dense, alike = Moments(group.in_features, device), Moments(group.in_features, device)
     count = sum(replay.batch_sizes[: len(stream)])
     first_held_out = count - max(1, count // _CHOOSING)
+    grains = _PairGrains(replay.world, rows, group.in_features, device)
 
     def observe(batch: int, hidden: Tensor, output: Tensor, inputs: dict[str, Tensor]) -> None:
         x, own = inputs[group.name], dense_inputs[batch]
         weights = tokens[batch].view(len(hidden), -1) if batch in tokens else None
-        dense.update_(own, None if weights is None else weights.flatten())
-        t = own.float() - x.float()
+        t, by_token = own.float() - x.float(), weights
         if writes:
-            alike.update_(x, None if weights is None else weights.flatten())
             found = output if ends else hidden
             aim = (streams.dense_outputs if ends else streams.dense)[batch].float()
             added = 0.0 if ends else linear(t, weight_OI).view_as(found)
@@ -182,6 +200,10 @@ def pair_moments(
         if ends:
             streams.last_outputs.put(batch, output)
             streams.last_inputs.put(batch, x)
+        grains.settle(own, x, t, weights)
+        dense.update_(own, None if by_token is None else by_token.flatten(), grains.plain_I)
+        if writes:
+            alike.update_(x, None if by_token is None else by_token.flatten(), grains.plain_I)
         # Some families flatten (samples, tokens) before their linears.
         x, t = (z.reshape(len(hidden), -1, z.shape[-1]) for z in (x, t))
         seen = sum(replay.batch_sizes[:batch])
@@ -189,15 +211,52 @@ def pair_moments(
         for (moments, cross), part in zip(parts, (slice(None, cut), slice(cut, None)), strict=True):
             if len(x[part]):
                 weights_T = None if weights is None else weights[part].flatten()
-                moments.update_(x[part], weights_T)
-                cross.update_(t[part], x[part], weights_T)
+                moments.update_(x[part], weights_T, grains.weighted_I)
+                cross.update_(t[part], x[part], weights_T, (grains.target_O, grains.plain_I))
 
     replay.pass_(index, stream, observe=observe, until=None if ends else group.name)
-    dense_inputs.drop()
+    grains.settle(None, None, None, None)  # a process without a batch
+    _add_up(replay.world, [dense, alike, *(part for both in parts for part in both)], owners)
+    streams.used(dense_inputs)
     (fit, fit_cross), (rest, rest_cross) = parts
     return Pair(
         fit, fit_cross, rest, rest_cross, dense, alike if writes else fit + rest, writes, ends
     )  # fmt: skip
+
+
+class _PairGrains:
+    """By what the sums of a pair are rounded, see `numerics.moments.grain`: of x, of x with its tokens
+    weighed, and of the target."""
+
+    def __init__(self, world: World, rows: int, columns: int, device: torch.device) -> None:
+        ones = partial(torch.ones, dtype=torch.float64, device=device)
+        self.plain_I, self.weighted_I, self.target_O = ones(columns), ones(columns), ones(rows)
+        self._world, self._settled = world, False
+
+    def settle(self, own: Tensor | None, x: Tensor | None, t: Tensor | None, weights: Tensor | None) -> None:
+        """Of this process's first batch; those of batch 0 count."""
+        if self._settled:
+            return
+        self._settled = True
+        if self._world.owns(0):
+            assert own is not None
+            assert x is not None
+            assert t is not None
+            x_TI, t_TO = x.reshape(-1, x.shape[-1]).float(), t.reshape(-1, t.shape[-1])
+            weights_T1 = torch.ones_like(x_TI[:, :1]) if weights is None else weights.reshape(-1, 1).to(x_TI)
+            self.plain_I.copy_(grain(own))
+            self.weighted_I.copy_(grain(x_TI * weights_T1.sqrt()))
+            self.target_O.copy_(grain(t_TO * weights_T1))
+        self._world.tell_([self.plain_I, self.weighted_I, self.target_O], self._world.owner(0))
+
+
+def _add_up(world: World, moments: Sequence[Moments | CrossMoments], owners: Collection[int]) -> None:
+    """What all processes have found goes to those who need it."""
+    for one in moments:
+        *sums, counts = one.sums()
+        for owner in owners if len(owners) == 1 else (None,):
+            world.add_([*sums, counts], owner)
+        one.restore_counts_(counts)
 
 
 @dataclass(frozen=True)
@@ -223,7 +282,7 @@ def ways_of(pair: Pair, W_OI: Tensor) -> list[Way]:
     fit_OI = pair.missing(W_OI, pair.fit_missing).float()
     held_out_OI = pair.missing(W_OI, pair.held_out_missing).float()
     ways = []
-    for ridge in _RIDGES:
+    for ridge in RIDGES:
         step_OI = propagated_target(torch.zeros_like(fit_OI), fit_II, fit_OI, damping=ridge)[0]
         curvatures_O = ((step_OI @ held_out_II) * step_OI).sum(1)
         ways.append(Way(ridge, (step_OI * held_out_OI).sum(1), curvatures_O))

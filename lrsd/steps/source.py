@@ -23,6 +23,7 @@ from lrsd.steps.embeddings import matrices_of
 from lrsd.work.onloading import free_memory
 from lrsd.work.process import Process, allowed_memory
 from lrsd.work.residency import Residence
+from lrsd.work.world import World, local_processes
 
 # Of the linear weights, where 8-bit embeddings alone already meet the ratio of the checkpoint.
 _LEAST_RATIO = 1.001
@@ -74,15 +75,28 @@ class SourceModel:
 
 
 def load_source(
-    source: str, recipe: Recipe, memory: int | None = None, process: Process | None = None
+    source: str,
+    recipe: Recipe,
+    memory: int | None = None,
+    process: Process | None = None,
+    world: World | None = None,
 ) -> SourceModel:
-    """memory: bytes of it allowed, all of the machine's by default. The caller closes `residence`.
+    """memory: bytes of it allowed, by default this process's share of the machine's. The caller closes
+    `residence`.
 
     Raises: InputError for a model that cannot be compressed, NumericsError for non-finite weights.
     """
+    world = world or World()
     limit = allowed_memory() if memory is None else memory
+    if memory is None and limit is not None:
+        limit //= local_processes()
     text = mixture_identity(list(recipe.calibration.shares))
     device = resolve_device(recipe.run.device)
+    if world.size > 1 and ":" in recipe.run.device:
+        raise InputError(
+            f"device {recipe.run.device} would be that of all {world.size} processes; leave the number out, "
+            "each takes the one of its local rank"
+        )
     # Read to the host whatever the device: it need not hold all of them.
     loaded = load_model(source, dtype=recipe.run.dtype, device="cpu", memory=limit)
     if loaded.directory is not None:
@@ -98,10 +112,10 @@ def load_source(
     layout = find_layout(loaded.model, example, recipe.selection)
     if recipe.method.weighs_tokens:
         layout = layout.one_by_one()
-    for name, weight in residence.passing():
+    for name, weight in residence.passing() if world.leads else ():
         check_finite(name, weight)
     require_separable(loaded.model, layout, example)
-    identity = fingerprint(loaded, residence.passing())
+    identity = world.tell(fingerprint(loaded, residence.passing()) if world.leads else "")
     linear, whole = (
         sum(spec.shape.dense_bytes for spec in layout.linears.values()),
         checkpoint_bytes(loaded.model),

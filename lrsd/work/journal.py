@@ -4,7 +4,8 @@
     OUT.partial/STEP.safetensors   what a step found; STEP.PART.safetensors: parts of it that are read alone
     OUT.partial/NAME.stream/       hidden states after the last step, one file per batch
 
-A step counts once its line is in the journal; all that it needs is on disk by then.
+A step counts once its line is in the journal; all that it needs is on disk by then. Of several processes
+(`work.world`) the leading one holds the journal; the others follow it, on a file system that all of them see.
 """
 
 import errno
@@ -13,7 +14,7 @@ import json
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
@@ -24,6 +25,7 @@ from lrsd.errors import CheckpointError, InputError, LaterError, StorageError
 from lrsd.work.files import refusals, sync
 from lrsd.work.records import read_record, write_record
 from lrsd.work.streams import Stream, StreamOnDisk
+from lrsd.work.world import World
 
 T = TypeVar("T")
 
@@ -41,9 +43,14 @@ def partial_directory(output: Path) -> Path:
 
 
 class Workspace:
-    """Finished steps and streams of hidden states, in memory: for as long as the process lives."""
+    """Finished steps and streams of hidden states, in memory: for as long as the process lives.
 
-    def __init__(self) -> None:
+    world: the processes that share it. `finish` and `new_stream` are called by all of them, and return when
+    all are there.
+    """
+
+    def __init__(self, world: World | None = None) -> None:
+        self.world = World() if world is None else world
         self._records: dict[str, Any] = {}
         self._streams: dict[str, Stream] = {}
         self._kept: tuple[str, ...] = ()
@@ -66,15 +73,22 @@ class Workspace:
         self._records[part] = record
 
     def finish(self, step: str, record: Any = None, keep: Sequence[str] = ()) -> None:
-        """Keep what a step found, if anything.
+        """Keep what a step found, if anything: of several processes one has found it.
 
         keep: names of the streams that the next step begins with; those that the last one kept may go.
         Raises: StorageError.
         """
         self._write(step, record, keep)
         for name in set(self._kept) - set(keep):
-            self.stream(name).drop()
+            if self.world.leads:
+                self.stream(name).drop()
         self._kept = tuple(keep)
+
+    def made(self, step: str, kind: type[T], make: Callable[[], T]) -> T:
+        """What a step found that one process makes for all, where it is not there yet."""
+        if step not in self:
+            self.finish(step, make() if self.world.leads else None)
+        return self.read(step, kind)
 
     def new_stream(self, name: str) -> Stream:
         """An empty stream, gone after an interruption unless a step keeps it."""
@@ -84,6 +98,12 @@ class Workspace:
     def stream(self, name: str) -> Stream:
         """A stream of this run, or one that the last finished step kept."""
         return self._streams[name]
+
+    def drop(self, *streams: Stream) -> None:
+        """Forget streams that no process will read again."""
+        self.world.wait()
+        for stream in streams if self.world.leads else ():
+            stream.drop()
 
     def _write(self, step: str, record: Any, keep: Sequence[str]) -> None:
         self._records[step] = record
@@ -96,24 +116,31 @@ class Journal(Workspace):
     claim is compared with what that one claimed.
     """
 
-    def __init__(self, directory: Path) -> None:
-        """Raises: InputError if another process is at work there, or the directory is no journal's."""
-        super().__init__()
+    def __init__(self, directory: Path, world: World | None = None) -> None:
+        """Raises: InputError if another run is at work there, or the directory is no journal's."""
+        super().__init__(world)
         self.directory = directory
+        self.begun = False
         self._device: torch.device | str = "cpu"
         self._mine = False
         self._claims: dict[str, Any] = {}
         self._seconds: dict[str, float] = {}
         self._since = time.perf_counter()
         self._file: FileIO | None = None
+        if not self.world.leads:
+            self.world.wait()
+            self._follow()
+            return
         if (directory / JOURNAL).is_file():
             self._open()
         elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise InputError(f"{directory} is in the way: finished work goes there; move it elsewhere")
+        self.world.wait()
 
     @property
-    def begun(self) -> bool:
-        return self._file is not None
+    def claims(self) -> Mapping[str, Any]:
+        """What this run, or the one that began here, is."""
+        return self._claims
 
     @property
     def worth_keeping(self) -> bool:
@@ -153,6 +180,12 @@ class Journal(Workspace):
         if self.begun:
             return
         self._mine = True
+        if self.world.leads:
+            self._create()
+        self.begun = True
+        self.world.wait()
+
+    def _create(self) -> None:
         with refusals(self.directory):
             self.directory.mkdir(parents=True, exist_ok=True)
             sync(self.directory.parent)
@@ -170,12 +203,16 @@ class Journal(Workspace):
             sync(self.directory)
 
     def close(self) -> None:
+        self.begun = False
         if self._file is not None:
             self._file.close()
             self._file = None
 
     def remove(self) -> None:
         """Delete the directory. What a journal without lines leaves behind counts as nothing."""
+        self.begun = False
+        if not self.world.leads:
+            return
         assert self._file is not None
         self._file.truncate(0)
         os.fsync(self._file)
@@ -198,7 +235,9 @@ class Journal(Workspace):
 
     def new_stream(self, name: str) -> Stream:
         stream = self._streams[name] = StreamOnDisk(self.directory / f"{name}{_STREAM}", self._device)
-        stream.drop()
+        if self.world.leads:
+            stream.drop()
+        self.world.wait()
         return stream
 
     def stream(self, name: str) -> Stream:
@@ -213,9 +252,11 @@ class Journal(Workspace):
             stream.sync()
         if record is not None:
             self.put(step, record)
+        self.world.wait()  # what any process has found of the step is on disk
         now = time.perf_counter()
-        with refusals(self.directory / JOURNAL):
-            self._append({"step": step, "keep": list(keep), "seconds": round(now - self._since, 3)})
+        if self.world.leads:
+            with refusals(self.directory / JOURNAL):
+                self._append({"step": step, "keep": list(keep), "seconds": round(now - self._since, 3)})
         self._seconds[step], self._since = now - self._since, now
 
     def _open(self) -> None:
@@ -230,9 +271,7 @@ class Journal(Workspace):
                 self.remove()
                 return
             self._file.truncate(whole)
-            self._claims = dict(lines[0])
-            self._seconds = {line["step"]: float(line["seconds"]) for line in lines[1:]}
-            self._kept = tuple(lines[-1].get("keep", ()))
+            self._know(lines)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             self.close()
             raise CheckpointError(
@@ -241,6 +280,19 @@ class Journal(Workspace):
         for path in self.directory.glob(f"*{_STREAM}"):
             if path.name.removesuffix(_STREAM) not in self._kept:
                 shutil.rmtree(path)
+
+    def _follow(self) -> None:
+        """What the leading process has opened, which no other will write to."""
+        path = self.directory / JOURNAL
+        lines = [json.loads(line) for line in path.read_bytes().splitlines()] if path.is_file() else []
+        if lines:
+            self._know(lines)
+            self.begun = True
+
+    def _know(self, lines: Sequence[dict[str, Any]]) -> None:
+        self._claims = dict(lines[0])
+        self._seconds = {line["step"]: float(line["seconds"]) for line in lines[1:]}
+        self._kept = tuple(lines[-1].get("keep", ()))
 
     def _lock(self) -> None:
         self._file = FileIO(self.directory / JOURNAL, "a+")
@@ -257,6 +309,7 @@ class Journal(Workspace):
         if os.fstat(self._file.fileno()).st_nlink == 0:
             self.close()
             raise LaterError(f"another lrsd has just ended in {self.directory}; repeat the command")
+        self.begun = True
 
     def _append(self, line: dict[str, Any]) -> None:
         assert self._file is not None

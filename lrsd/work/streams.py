@@ -62,13 +62,13 @@ class StreamOnDisk(Stream):
     def __init__(self, directory: Path, device: torch.device | str) -> None:
         super().__init__()
         self._directory, self._device = directory, device
-        self._count = len(list(directory.glob("*.safetensors"))) if directory.is_dir() else 0
+        self._own: list[int] = []
 
     def put(self, batch: int, hidden: Tensor) -> None:
         with refusals(self._directory):
             self._directory.mkdir(exist_ok=True)
             save_file({"hidden": hidden.cpu().contiguous()}, self._path(batch))
-        self._count = max(self._count, batch + 1)
+        self._own.append(batch)
 
     def __getitem__(self, batch: int) -> Tensor:
         try:
@@ -79,19 +79,21 @@ class StreamOnDisk(Stream):
             raise CheckpointError(f"{self._path(batch)} cannot be read: {error}") from error
 
     def __len__(self) -> int:
-        return self._count
+        """Of all processes."""
+        return len(list(self._directory.glob("*.safetensors"))) if self._directory.is_dir() else 0
 
     def sync(self) -> None:
-        """Have all of it on disk before going on."""
+        """Have what this process has put there on disk before going on."""
         with refusals(self._directory):
-            for batch in range(self._count):
+            for batch in self._own:
                 sync(self._path(batch))
-            sync(self._directory)
+            if self._own:
+                sync(self._directory)
 
     def drop(self) -> None:
         if self._directory.is_dir():
             shutil.rmtree(self._directory)
-        self._count = 0
+        self._own.clear()
 
     def _path(self, batch: int) -> Path:
         return self._directory / f"{batch:05d}.safetensors"

@@ -12,7 +12,7 @@ from lrsd.model.layout import find_layout
 from lrsd.model.load import load_model
 from lrsd.model.replay import Replay
 from lrsd.model.samples import Samples
-from lrsd.steps.observe import Weights, block_statistics
+from lrsd.steps.statistics import Weights, block_statistics
 from lrsd.work.streams import Stream
 
 

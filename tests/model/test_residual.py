@@ -95,7 +95,7 @@ def test_a_layer_that_writes_the_stream_is_aimed_at_what_is_missing_there(
         weight = replay.block(0).get_submodule(name).weight
         weight += 0.3 * weight.std() * torch.randn(weight.shape, generator=noise)
     compressed = seen()
-    pair = pair_moments(replay, 0, group, two, {})
+    pair = pair_moments(replay, 0, group, two, {}, {0})
     assert pair.writes_residual
     assert pair.ends == (layer == "mlp.down_proj")
 
