@@ -91,7 +91,7 @@ def compress(
     more: dict[str, Any] = {
         "memory": None if memory is None else parse_size(memory), "calibration": calibration
     }  # fmt: skip
-    with own_process() as process, joined() as world:
+    with own_process() as process, joined(asked.run.device) as world:
         progress = make_progress()
         if isinstance(progress, LineProgress) and world.leads:
             progress.note(log_header(asked.run.device, resolve_device(asked.run.device), world.size))

@@ -28,7 +28,7 @@ from lrsd.steps.write import (
 from lrsd.work.journal import Journal, difference, partial_directory
 from lrsd.work.kept import Kept
 from lrsd.work.process import Process
-from lrsd.work.world import World
+from lrsd.work.world import World, local_processes
 
 # What another try may not run into: the user or the system ended the run, or there was no room for it.
 _PASSING = (KeyboardInterrupt, SystemExit, StorageError, MemoryError, OSError, torch.OutOfMemoryError)
@@ -197,6 +197,9 @@ def _kept(directory: Path | None, source: SourceModel, recipe: Recipe) -> Kept |
 @contextmanager
 def _scratch(world: World) -> Iterator[Path]:
     """A directory that all processes see, for as long as the context lasts."""
-    with tempfile.TemporaryDirectory(prefix="lrsd-") if world.leads else nullcontext("") as made:
+    # Other machines see the current directory, at best.
+    place = "." if world.size > local_processes() else None
+    temporary = tempfile.TemporaryDirectory(prefix="lrsd-", dir=place, ignore_cleanup_errors=world.size > 1)
+    with temporary if world.leads else nullcontext("") as made:
         yield Path(world.tell(made))
         world.wait()

@@ -26,6 +26,10 @@ class LaterError(InputError):
     exit_code = TRY_AGAIN
 
 
+class OthersGoneError(LrsdError):
+    """Another process of this run has ended, for a reason that it says itself."""
+
+
 class SettingsError(LrsdError, ValueError):
     """A setting has a value outside its range: wrong usage rather than a failed run."""
 

@@ -32,7 +32,7 @@ if [[ $1 == show ]]; then echo 127.0.0.1; else echo "$@" >>"$(dirname "$0")/requ
 SRUN = """#!/usr/bin/env bash
 shift # --kill-on-bad-exit=1
 for ((task = 0; task < SLURM_NTASKS; task++)); do
-    SLURM_PROCID=$task SLURM_LOCALID=$task "$@" &
+    SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_STEP_TASKS_PER_NODE="$SLURM_NTASKS(x1)" "$@" &
     tasks+=($!)
 done
 trap 'kill -USR1 "${tasks[@]}"' USR1
@@ -118,7 +118,7 @@ def test_a_job_of_several_tasks_makes_the_bytes_of_one(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    two = job | {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "2", "MASTER_PORT": port}
+    two = job | {"SLURM_NTASKS": "2", "MASTER_PORT": port}
     process = start("compress.sbatch", tiny_model_dir, place / "two", *words, **two)
     journal = partial_directory(place / "two") / "journal.jsonl"
     while process.poll() is None and not (journal.exists() and "observe-0000" in journal.read_text()):

@@ -238,11 +238,10 @@ class _BlockFit:
         return self._fit_group(mine, targets)
 
     def _ways(self, group: InputGroup, pair: Pair, helper: int) -> list[Way]:
-        """Found by one process, told to all; none of them leads anywhere where there is no solution."""
+        """Found by one process, told to all. Raises: SolverError if there is no solution, in all of them."""
         world, W_OI = self.replay.world, weights_of(self.replay, group)
-        if world.size == 1:
-            return ways_of(pair, W_OI)
-        table = torch.full((len(RIDGES), 2, len(W_OI)), math.nan, device=pair.fit.gram.device)
+        device = self.replay.solver_device(group.in_features)
+        table = torch.full((len(RIDGES), 2, len(W_OI)), math.nan, device=device)
         if world.rank == helper:
             with suppress(SolverError):
                 found = ways_of(pair, W_OI)
@@ -275,7 +274,8 @@ class _BlockFit:
         found = {}
         for name, owner in owners.items():
             slot = weight_slot(self.replay.model, name)
-            W_OI = slot.read().contiguous()
+            # Apart from the layer's own, which is float32 where the model keeps it so.
+            W_OI = slot.read().clone(memory_format=torch.contiguous_format)
             world.tell_([W_OI], owner)
             if owner == world.rank:
                 found[name] = mine[name]

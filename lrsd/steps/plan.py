@@ -232,7 +232,7 @@ def _held_out_divergence(
             found = {}
             for index in wave:
                 block = replay.layout.blocks[index]
-                before = Leading(replay.inputs[block.stack], batches) if block.is_first else passing
+                before = Leading(replay.inputs[block.stack] if block.is_first else passing, batches)
                 seen = block_statistics(replay, index, before, passing, replace(weights))
                 if world.owns(index):
                     found[index] = share_among_experts(block, seen)

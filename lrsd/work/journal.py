@@ -32,6 +32,8 @@ T = TypeVar("T")
 JOURNAL = "journal.jsonl"
 _STREAM = ".stream"
 _WAIT = "wait for it or stop it, then repeat the command with --resume"
+# How often a directory that other processes may still write into is emptied, and seconds in between.
+_TRIES, _PAUSE = 50, 0.1
 # What flock says of a file that another process holds; of network file systems, some say EACCES.
 _HELD = (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES)
 
@@ -130,12 +132,14 @@ class Journal(Workspace):
         if not self.world.leads:
             self.world.wait()
             self._follow()
+            self.world.wait()
             return
         if (directory / JOURNAL).is_file():
             self._open()
         elif directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
             raise InputError(f"{directory} is in the way: finished work goes there; move it elsewhere")
-        self.world.wait()
+        self.world.wait()  # it is open
+        self.world.wait()  # the others have read it: from here on it may change
 
     @property
     def claims(self) -> Mapping[str, Any]:
@@ -161,8 +165,15 @@ class Journal(Workspace):
         return sum(spent for step, spent in self._seconds.items() if step.startswith(prefix))
 
     def claim(self, **claims: Any) -> None:
-        """Say what this run is. Raises: InputError naming what differs from the run that began here."""
+        """Say what this run is. Raises: InputError naming what differs from the run that began here, or from
+        what the leading process says of it."""
         claims = json.loads(json.dumps(claims))
+        led = json.loads(self.world.tell(json.dumps(claims)))
+        if differs := difference(led, claims):
+            raise InputError(
+                f"process {self.world.rank} is unlike process 0, and would not give its bytes: {differs}; "
+                "run all of them in one environment, on machines of one kind"
+            )
         if self.begun and (differs := difference(self._claims, claims)):
             raise InputError(
                 f"{self.directory} holds the work of another run: {differs}; repeat its command, choose "
@@ -216,12 +227,22 @@ class Journal(Workspace):
         assert self._file is not None
         self._file.truncate(0)
         os.fsync(self._file)
+        for left in reversed(range(_TRIES if self.world.size > 1 else 1)):
+            try:
+                self._empty()
+                break
+            except OSError:  # another process, which has not noticed yet, has written a file meanwhile
+                if not left:
+                    raise
+                time.sleep(_PAUSE)
+        self.close()
+
+    def _empty(self) -> None:
         for path in self.directory.iterdir():
             if path.name != JOURNAL:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        (self.directory / JOURNAL).unlink()
+        (self.directory / JOURNAL).unlink(missing_ok=True)
         self.directory.rmdir()
-        self.close()
 
     def __contains__(self, step: str) -> bool:
         return step in self._seconds

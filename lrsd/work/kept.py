@@ -56,6 +56,9 @@ class Kept:
                         shutil.copy2(source / file, made / file)
                         sync(made / file)
                 write_json(made / _ABOUT, self._about)
-                if not self.complete:
+                try:
                     made.replace(self.directory)
-                    sync(self.directory.parent)
+                except OSError:
+                    if not self.complete:  # else another run was faster
+                        raise
+                sync(self.directory.parent)

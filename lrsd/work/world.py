@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
-from lrsd.errors import InputError, LaterError
+from lrsd.errors import InputError, OthersGoneError
 
 # What torchrun sets, and a batch script may.
 _VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -95,8 +95,8 @@ class ManyProcesses(World):
                 dist.broadcast(value, owner)
 
     def told(self, values: Tensor | None, owner: int) -> Tensor:
+        found = [values.cpu() if values is not None and self.rank == owner else None]
         with _others_gone():
-            found: list[Tensor | None] = [values.cpu() if values is not None and self.rank == owner else None]
             dist.broadcast_object_list(found, owner)
         assert found[0] is not None
         return found[0]
@@ -115,11 +115,11 @@ class ManyProcesses(World):
 
 
 @contextmanager
-def joined() -> Iterator[World]:
+def joined(device: str = "auto") -> Iterator[World]:
     """The processes that torchrun, or a batch script that sets the same variables, has started; otherwise
-    this one alone. Each takes the accelerator of its local rank.
+    this one alone. Each takes the accelerator of its local rank, or the one that a batch system lets it see.
 
-    Raises: InputError for variables that contradict each other, LaterError if the others do not come.
+    Raises: InputError for variables that contradict each other, OthersGoneError if the others do not come.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) <= 1:
         yield World()
@@ -129,8 +129,10 @@ def joined() -> Iterator[World]:
             f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {', '.join(missing)} is not set; start the "
             "processes with torchrun, or set these in the batch script"
         )
-    if torch.accelerator.is_available():
+    if torch.accelerator.is_available() and device != "cpu":
         local, there = int(os.environ.get("LOCAL_RANK", "0")), torch.accelerator.device_count()
+        if there == 1 and "SLURM_STEP_ID" in os.environ:
+            local = 0
         if local >= there:
             raise InputError(
                 f"process {local} of this machine has no accelerator of its own, there are {there}; start "
@@ -154,8 +156,10 @@ def _others_gone() -> Iterator[None]:
     """Whatever torch.distributed raises when a process has ended is one line."""
     try:
         yield
+    except torch.OutOfMemoryError:
+        raise
     except (RuntimeError, dist.DistError) as error:
-        raise LaterError(
+        raise OthersGoneError(
             f"another process of this run does not answer ({str(error).splitlines()[0]:.100}); its own "
             "message says why"
         ) from error
