@@ -48,11 +48,15 @@ class KillTest:
     """One command line, its uninterrupted result, and what was killed so far."""
 
     def __init__(
-        self, arguments: Sequence[str], workspace: Path, processes: int, generator: random.Random
+        self,
+        arguments: Sequence[str],
+        workspace: Path,
+        processes: int = 1,
+        generator: random.Random | None = None,
     ) -> None:
         """processes: at most, of a session that is killed; the uninterrupted result is that of one."""
         self._arguments, self._output = arguments, workspace / "out"
-        self._processes, self._generator = processes, generator
+        self._processes, self._generator = processes, generator or random.Random(0)
         self._log = workspace / "log"
         self.kills: Counter[str] = Counter()
         self.completed = 0
@@ -223,7 +227,9 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def random_kills(test: KillTest, count: int, generator: random.Random, reach: tuple[float, float]) -> None:
+def random_kills(
+    test: KillTest, count: int, generator: random.Random, reach: tuple[float, float] = (0.05, 0.2)
+) -> None:
     """Until so many kills have hit. reach: how far into a session, of the uninterrupted run's time, half of
     them come at most, and the others."""
     wanted = sum(test.kills.values()) + count

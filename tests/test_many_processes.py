@@ -12,7 +12,7 @@ import torch
 from families import EXPERTS, TWO_STACKS
 from forks import Ended, run_in_world
 from golden import digest
-from transformers import AutoModelForSeq2SeqLM, BartConfig, LlamaConfig, MixtralConfig, T5Config
+from transformers import AutoModelForSeq2SeqLM, BartConfig, LlamaConfig, MixtralConfig
 
 from lrsd.compress import compress
 from lrsd.errors import InputError
@@ -23,10 +23,6 @@ from lrsd.work.world import World, joined
 RATIO = 2.0
 # Five blocks, so that the last wave of two or four processes is not full; seven batches.
 BLOCKS, SAMPLES, BATCH, SEQLEN = 5, 13, 2, 24
-T5 = {
-    "vocab_size": 300, "d_model": 32, "d_kv": 16, "d_ff": 64, "num_layers": 2, "num_heads": 2,
-    "decoder_start_token_id": 5,
-}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +30,6 @@ def bases(make_model, tiny_llama: Callable[..., LlamaConfig]) -> dict[str, Path]
     return {
         "llama": make_model(tiny_llama(num_hidden_layers=BLOCKS)),
         "mixtral": make_model(MixtralConfig(**EXPERTS)),
-        "t5": make_model(T5Config(**T5), AutoModelForSeq2SeqLM),
         "bart": make_model(BartConfig(**TWO_STACKS, max_position_embeddings=70), AutoModelForSeq2SeqLM),
     }
 
@@ -47,8 +42,6 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama fixed": ("llama", {"coding": "fixed", "propagate": True}),
     "mixtral": ("mixtral", {"propagate": True}),
     "bart": ("bart", {"propagate": True}),
-    # Whose last layers stay in float32.
-    "t5 float16": ("t5", {"propagate": True, "dtype": "float16"}),
 }
 
 
