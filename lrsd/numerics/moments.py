@@ -44,7 +44,9 @@ def power_of_two(values: Tensor) -> Tensor:
 
 
 def rounded(values: Tensor, grain: Tensor) -> Tensor:
-    """Float64 multiples of 2^-30 of `grain`, whose sums are exact."""
+    """R(p) = u round(p / u), u = 2^-30 `grain`, float64, as (p + c) - c with c = 1.5 2^52 u: sums of such
+    values are exact, whatever their order, while they stay below 2^53 u. Of entry ij of x^T x the grain is
+    that of channel i times that of j."""
     shift = grain * (_FINENESS * _ROUNDING)
     return values.to(shift.device).double().add_(shift).sub_(shift)
 
