@@ -97,6 +97,8 @@ def _packed(name: str, layer: Layer, tensors: dict[str, Tensor]) -> PackedLinear
         raise CheckpointError(f"layer {name} lacks its {' and '.join(sorted(missing))}")
     try:
         shape = layer.shape(tensors)
+        if not layer.fits(shape):
+            raise ValueError(f"it does not fit a weight of {shape.out_features} x {shape.in_features}")
         for part, spec in layer.tensors(shape).items():
             if part not in tensors:
                 raise ValueError(f"it lacks {part}")

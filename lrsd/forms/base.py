@@ -89,6 +89,10 @@ class Form:
         """Those of `encoded` again, to the byte, from what `load` made of them and the other tensors."""
         raise NotImplementedError
 
+    def fits(self, shape: Shape) -> bool:
+        """Whether its sizes are ones that a weight of this shape can have."""
+        return True
+
     def check(self, tensors: Tensors, shape: Shape) -> None:
         """Raises: ValueError if values contradict each other; sizes and types are checked by `tensors`."""
 

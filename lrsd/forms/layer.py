@@ -158,12 +158,8 @@ class Layer:
         """Whether every size is one that a weight of this shape can have."""
         free = self.free(shape)
         sizes = [size for spec in self.tensors(shape).values() for size in spec.size]
-        ranks = [term.rank for term in self.terms if isinstance(term, LowRank)]
-        masks = [term.columns for term in self.terms if isinstance(term, Masked)]
-        return (
-            min(free.out_features, free.in_features, *sizes) >= 0
-            and all(rank <= min(free.out_features, free.in_features) for rank in ranks)
-            and all(columns <= free.in_features for columns in masks)
+        return min(free.out_features, free.in_features, *sizes) >= 0 and all(
+            term.fits(free) for term in self.terms
         )
 
     def describe(self) -> str:

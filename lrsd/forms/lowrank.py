@@ -54,6 +54,9 @@ class LowRank(Form):
             specs["pivots"] = Spec((pivots,), index_type(shape.out_features))
         return specs
 
+    def fits(self, shape: Shape) -> bool:
+        return self.rank <= min(shape.out_features, shape.in_features)
+
     def check(self, tensors: Tensors, shape: Shape) -> None:
         if "pivots" in tensors:
             check_indices("pivots", tensors["pivots"], shape.out_features)

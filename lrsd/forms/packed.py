@@ -79,6 +79,11 @@ class PackedLinear(nn.Module):
         """Free what was decoded; it is decoded again when it is next used."""
         self._decoded = {}
 
+    def forget_values(self) -> None:
+        """The same of what is made of other values than integers, where these have changed."""
+        terms = self.layer.terms
+        self._decoded = {index: known for index, known in self._decoded.items() if terms[index].encoded}
+
     def release_encoded(self) -> None:
         """Decode, and free what was decoded from where it can be encoded again, as saving the layer does."""
         self.decoded()

@@ -161,7 +161,11 @@ def insert_packed(model: PreTrainedModel, layers: Mapping[str, Layer]) -> None:
                 f"config.json packs {name!r}, which is not a linear layer of {type(model).__name__}"
             ) from error
         shape = slot.shape
-        if not layer.fits(shape):
+        try:
+            fits = layer.fits(shape)
+        except ValueError as error:
+            raise CheckpointError(f"config.json: layer {name} cannot be: {error}") from error
+        if not fits:
             raise CheckpointError(
                 f"config.json: {layer.to_dict()} does not fit {name}, a {shape.out_features} x "
                 f"{shape.in_features} layer"

@@ -86,6 +86,10 @@ class Workspace:
                 self.stream(name).drop()
         self._kept = tuple(keep)
 
+    def forget(self, step: str) -> None:
+        """Delete what a finished step found, which a later one has replaced; it stays finished."""
+        self._records[step] = None
+
     def made(self, step: str, kind: type[T], make: Callable[[], T]) -> T:
         """What a step found that one process makes for all, where it is not there yet."""
         if step not in self:
@@ -108,7 +112,8 @@ class Workspace:
             stream.drop()
 
     def _write(self, step: str, record: Any, keep: Sequence[str]) -> None:
-        self._records[step] = record
+        if record is not None or step not in self._records:  # else it was `put`
+            self._records[step] = record
 
 
 class Journal(Workspace):
@@ -253,6 +258,9 @@ class Journal(Workspace):
 
     def put(self, part: str, record: Any) -> None:
         write_record(self.directory / f"{part}.safetensors", record)
+
+    def forget(self, step: str) -> None:
+        (self.directory / f"{step}.safetensors").unlink(missing_ok=True)
 
     def new_stream(self, name: str) -> Stream:
         stream = self._streams[name] = StreamOnDisk(self.directory / f"{name}{_STREAM}", self._device)

@@ -15,9 +15,12 @@ from deflate import entropy_form
 from simulated import simulated_device
 from torch import Tensor
 
+from lrsd.checkpoint.reader import _packed
 from lrsd.errors import CheckpointError
 from lrsd.forms import FORMS
 from lrsd.forms.base import Form, Shape, Spec
+from lrsd.forms.blocks import Blocks
+from lrsd.forms.coded_low_rank import CodedLowRank
 from lrsd.forms.entropy import Entropy
 from lrsd.forms.ggml import BLOCK_TYPES, Ggml
 from lrsd.forms.groupwise import Groupwise
@@ -26,6 +29,7 @@ from lrsd.forms.layer import Layer, assemble, parse_layer
 from lrsd.forms.lowrank import LowRank
 from lrsd.forms.masked import Masked
 from lrsd.forms.packed import PackedLinear
+from lrsd.forms.semi_structured import SemiStructured
 from lrsd.forms.symmetric import Symmetric
 from lrsd.forms.trellis import Trellis
 from lrsd.numerics.blocks import BlockCodes
@@ -64,7 +68,13 @@ def low_rank(generator: torch.Generator, shape: Shape, rank: int, pivoted: bool 
     return Case(*LowRank.of(U_OR, V_RI, pivoted=pivoted), U_OR @ V_RI, macs)
 
 
-def masked(generator: torch.Generator, shape: Shape, columns: int, entries: int) -> Case:
+def masked(
+    generator: torch.Generator, shape: Shape, columns: int, entries: int, outputs: bool = False
+) -> Case:
+    if outputs:
+        turned = masked(generator, Shape(shape.in_features, shape.out_features), columns, entries)
+        form = Masked(columns, entries, outputs)
+        return Case(form, turned.tensors, turned.W_OI.T.contiguous(), turned.macs)
     columns_K = torch.randperm(shape.in_features, generator=generator)[:columns].sort().values
     values_OK = torch.randn(shape.out_features, columns, generator=generator, dtype=torch.float64)
     mask_OK = torch.zeros(values_OK.numel(), dtype=torch.bool)
@@ -139,6 +149,35 @@ def symmetric(generator: torch.Generator, shape: Shape, bits: int, group: int) -
     return Case(*Symmetric.of(codes), W_OI, prod(size), exact=True)
 
 
+def blocks(generator: torch.Generator, shape: Shape, kept: int, size: int) -> Case:
+    kept_RC = torch.zeros(shape.out_features // size, shape.in_features // size, dtype=torch.bool)
+    kept_RC.view(-1)[torch.randperm(kept_RC.numel(), generator=generator)[:kept]] = True
+    mask_OI = kept_RC.repeat_interleave(size, 0).repeat_interleave(size, 1)
+    W_OI = torch.randn(mask_OI.shape, generator=generator, dtype=torch.float64)
+    return Case(*Blocks.of(W_OI, kept_RC), W_OI * mask_OI, kept * size**2)
+
+
+def two_of_four(generator: torch.Generator, shape: Shape) -> Case:
+    W_OI = torch.randn(shape.out_features, shape.in_features, generator=generator, dtype=torch.float64)
+    chosen = torch.rand(shape.out_features, shape.in_features // 4, 4, generator=generator).topk(2).indices
+    mask_OI = torch.zeros(chosen.shape[0], chosen.shape[1], 4, dtype=torch.bool).scatter(2, chosen, True)
+    W_OI *= mask_OI.flatten(1)
+    return Case(*SemiStructured.of(W_OI, mask_OI.flatten(1)), W_OI, W_OI.numel() // 2)
+
+
+def coded_low_rank(generator: torch.Generator, shape: Shape, rank: int, bits: int) -> Case:
+    """Factors that are integers, the largest one in each, times steps."""
+    top = 2 ** (bits - 1) - 1
+    factors = []
+    for side in (shape.out_features, shape.in_features):
+        factor_RN = torch.randint(-top, top + 1, (rank, side), generator=generator)
+        factor_RN[:, 0] = top
+        factors.append(factor_RN * torch.rand(rank, 1, generator=generator, dtype=torch.float64))
+    W_OI = factors[0].T @ factors[1]
+    macs = rank * (shape.out_features + shape.in_features)
+    return Case(*CodedLowRank.of(factors[0].T, factors[1], bits), W_OI, macs)
+
+
 def ggml(generator: torch.Generator, kind: str, rows: int = 5) -> Case:
     codes = random_blocks(kind, generator, rows)
     return Case(*Ggml.of(kind, codes), codes.dense().double(), rows * 512, exact=True)
@@ -157,11 +196,26 @@ CASES: dict[str, tuple[str, Make]] = {
     "low rank of a column": ("low_rank", lambda g: low_rank(g, COLUMN, 1)),
     "masked": ("masked", lambda g: masked(g, ODD, 5, 41)),
     "masked in all columns": ("masked", lambda g: masked(g, ODD, 13, 41)),
+    "masked in rows": ("masked", lambda g: masked(g, ODD, 5, 31, True)),
+    "masked in all rows": ("masked", lambda g: masked(g, ODD, 19, 41, True)),
     "no entries": ("masked", lambda g: masked(g, ODD, 5, 0)),
     "no columns": ("masked", lambda g: masked(g, ODD, 0, 0)),
     "every entry": ("masked", lambda g: masked(g, ODD, 13, 13 * 19)),
     "masked row": ("masked", lambda g: masked(g, ROW, 7, 3)),
     "masked column": ("masked", lambda g: masked(g, COLUMN, 1, 4)),
+    "blocks": ("blocks", lambda g: blocks(g, Shape(12, 20), 7, 4)),
+    "no blocks": ("blocks", lambda g: blocks(g, Shape(12, 20), 0, 4)),
+    "every block": ("blocks", lambda g: blocks(g, Shape(12, 20), 15, 4)),
+    "one block": ("blocks", lambda g: blocks(g, Shape(16, 16), 1, 16)),
+    "2:4": ("semi_structured", lambda g: two_of_four(g, Shape(19, 24))),
+    "2:4 of a row": ("semi_structured", lambda g: two_of_four(g, Shape(1, 8))),
+    **{
+        f"low rank in {bits} bit": (
+            "coded_low_rank", lambda g, bits=bits: coded_low_rank(g, ODD, 5, bits)
+        )
+        for bits in (4, 8)
+    },
+    "low rank of a row in 8 bit": ("coded_low_rank", lambda g: coded_low_rank(g, ROW, 1, 8)),
     "entropy": ("entropy", lambda g: entropy(g, ODD, 2, -40)),
     "entropy, int16": ("entropy", lambda g: entropy(g, ODD, 3000, 7)),
     "entropy, int32": ("entropy", lambda g: entropy(g, ODD, 2**20, -131)),
@@ -244,6 +298,18 @@ def test_a_product_is_that_with_the_dense_matrix(generator: torch.Generator, mak
     scale = float(expected.abs().max())
     found = case.form.forward(loaded, x, case.shape)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5 * scale)
+
+
+def test_few_and_many_rows_are_multiplied_by_the_same_blocks(generator: torch.Generator) -> None:
+    """Few are by each block on its own."""
+    case = blocks(generator, Shape(32, 48), 3, 16)
+    loaded = case.form.load(case.stored(torch.float32), case.shape)
+    x = torch.randn(40, 48, generator=generator)
+    many, few = (
+        torch.cat([case.form.forward(loaded, part, case.shape) for part in x.split(n)]) for n in (40, 1)
+    )
+    torch.testing.assert_close(few, many, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(many.double(), x.double() @ case.W_OI.T, rtol=1e-5, atol=1e-5)
 
 
 @every_case
@@ -623,3 +689,32 @@ def test_float16_reaches_neither_the_steps_nor_the_integers_of_low_ratios(form: 
     expected = x.float() @ form.dense(loaded, Shape(24, 64)).T
     assert y.dtype == torch.float16
     assert (y.float() - expected).norm() <= 1e-2 * expected.norm()
+
+
+@pytest.mark.parametrize(
+    ("form", "fitting", "others"),
+    [
+        (Blocks(2, 4), (8, 12), [(8, 10), (10, 12), (4, 4)]),
+        (SemiStructured(), (3, 16), [(3, 12), (3, 7)]),
+        (CodedLowRank(4, 8), (4, 9), [(3, 9), (9, 3)]),
+        (LowRank(4), (4, 9), [(9, 3)]),
+        (Masked(6, 5), (3, 6), [(6, 5)]),
+        (Masked(6, 5, outputs=True), (6, 5), [(3, 6)]),
+    ],
+    ids=["blocks", "fours", "coded low rank", "low rank", "masked", "masked rows"],
+)
+def test_a_form_knows_the_weights_that_it_can_be_of(
+    form: Form, fitting: tuple[int, int], others: list[tuple[int, int]]
+) -> None:
+    assert form.fits(Shape(*fitting))
+    for sides in others:
+        assert not form.fits(Shape(*sides))
+        with pytest.raises(CheckpointError, match="does not match its entry"):
+            packed_of("x", form, Shape(*sides))
+
+
+def packed_of(name: str, form: Form, shape: Shape) -> None:
+    """As a checkpoint is read in which the tensors are those of the entry."""
+    layer = Layer(terms=(form,))
+    specs = layer.tensors(shape)
+    _packed(name, layer, {n: torch.zeros(s.size, dtype=s.dtype or torch.bfloat16) for n, s in specs.items()})

@@ -18,6 +18,7 @@ from lrsd.forms.packed import PackedLinear
 from lrsd.forms.trellis import Trellis
 from lrsd.methods import coded, low_rank_sparse
 from lrsd.methods.base import LayerProblem, Solution
+from lrsd.methods.supports import sparse_of
 from lrsd.model.slots import dense_linear
 from lrsd.numerics.menu import Choice
 from lrsd.numerics.metric import Metric
@@ -27,8 +28,7 @@ from lrsd.numerics.solver import (
     columns_plus_codes,
     decompose,
     decompose_coded,
-    decompose_pruned,
-    decompose_thresholded,
+    decompose_sparse,
 )
 
 OUT, IN = 19, 13  # odd, so that the bit mask does not end on a byte
@@ -37,8 +37,8 @@ PLANS: dict[str, Parameters] = {
     "low rank": {"rank": 5},
     "columns": {"rank": 4, "columns": 3},
     "rows": {"rank": 4, "rows": 3},
-    "thresholded": {"rank": 4, "columns": 5, "entries": 41},
-    "unstructured": {"rank": 0, "columns": IN, "entries": 41},
+    "unstructured": {"rank": 0, "entries": 41},
+    "unstructured plus low rank": {"rank": 4, "entries": 41},
     "unpivoted": {"rank": 4, "columns": 3, "pivoted": 0},
     "unpivoted rows": {"rank": 4, "rows": 3, "pivoted": 0},
     "columns only": {"rank": 0, "columns": 3},
@@ -48,7 +48,6 @@ PLANS: dict[str, Parameters] = {
     "full rank": {"rank": IN},
     "full rank plus columns": {"rank": IN - 3, "columns": 3},
     "full rank plus rows": {"rank": OUT - 10, "rows": 10},
-    "no entries": {"rank": 4, "columns": 5, "entries": 0},
 }
 CODES: dict[str, Parameters] = {
     "entropy coded": {"step": 0.02, "states": 64},
@@ -67,11 +66,8 @@ with_or_without_bias = pytest.mark.parametrize("with_bias", [False, True], ids=[
 
 def solved(layer: RandomLayer, parameters: Parameters) -> Decomposition:
     counts = {name: int(parameters.get(name, 0)) for name in ("rank", "columns")}
-    if "entries" in parameters:
-        entries = int(parameters["entries"])
-        if counts["columns"] == IN:
-            return decompose_pruned(layer.W_OI, Metric(layer.gram), entries)
-        return decompose_thresholded(layer.W_OI, layer.gram, **counts, entries=entries)
+    if (sparse := sparse_of(Choice(0, parameters=parameters))) is not None:
+        return decompose_sparse(layer.W_OI, Metric(layer.gram), sparse, rank=counts["rank"], iterations=5)
     return decompose(layer.W_OI, layer.gram, **counts, rows=int(parameters.get("rows", 0)))
 
 
@@ -80,8 +76,7 @@ def stored(
 ) -> Solution:
     """The same solution as it is stored."""
     problem = LayerProblem(layer.W_OI, Metric(layer.gram), dtype, 0.0, bias_O=bias_O)
-    choice = Choice(0, parameters={"entries": -1} | parameters)
-    return low_rank_sparse.solve(problem, choice, iterations=5)
+    return low_rank_sparse.solve(problem, Choice(0, parameters=parameters), iterations=5)
 
 
 def packed_linear(solution: Solution, *, transposed: bool = False) -> PackedLinear:
