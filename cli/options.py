@@ -17,12 +17,13 @@ from lrsd.settings import is_repeatable
 F = TypeVar("F", bound=Callable[..., Any])
 
 _LARGEST_RECIPE = 2**20
+_METHOD_HELP = "lrsd, a baseline to compare with, or losparse, which trains the model (it needs gradients)."
 
 
 def settings_options(command: F) -> F:
     """Add --method, the fields of all settings, and those of all methods."""
     found = [click.option("--method", type=click.Choice(list(METHODS)), default="lrsd", show_default=True,
-                          help="lrsd, or a baseline to compare with.")]  # fmt: skip
+                          help=_METHOD_HELP)]  # fmt: skip
     for kind in GROUPS.values():
         found += [_option(field, [field]) for field in fields(kind)]
     for name, same in method_fields().items():
@@ -31,6 +32,17 @@ def settings_options(command: F) -> F:
     for option in reversed(found):
         command = option(command)
     return command
+
+
+def options_of(kind: type) -> Callable[[F], F]:
+    """Add the fields of one class of settings."""
+
+    def add(command: F) -> F:
+        for field in reversed(fields(kind)):
+            command = _option(field, [field])(command)
+        return command
+
+    return add
 
 
 def method_fields() -> dict[str, list[tuple[str, Field[Any]]]]:
@@ -89,7 +101,7 @@ def read_recipe(context: click.Context, parameter: click.Parameter, path: Path |
 
 def option_table() -> str:
     """Option, default and meaning of every setting: the README's table, in Markdown."""
-    rows = [("--method", "lrsd", "lrsd, or a baseline to compare with.")]
+    rows = [("--method", "lrsd", _METHOD_HELP)]
     for kind in GROUPS.values():
         rows += [(_flag(field), shown_default(field), field.metadata["help"]) for field in fields(kind)]
     for same in method_fields().values():
@@ -119,7 +131,7 @@ def _option(
     if about["shown"] == "required":
         del more["default"]  # None is one too, for click 8.3, and none is missing then
         more |= {"required": True, "help": text}
-    if get_origin(field.type) is Literal:
+    if all(get_origin(f.type) is Literal for f in same):
         choices = dict.fromkeys(choice for f in same for choice in get_args(f.type))
         more["type"] = click.Choice(list(choices))
     elif field.type in (bool, bool | None):

@@ -27,6 +27,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         """Raises: SettingsError for a format that cannot hold what would be made."""
+        self.method.allocation(self.budget.allocation)
         name, needed = self.run.format, METHOD_OF_FORMAT.get(self.run.format)
         if needed not in (None, self.method_name):
             raise SettingsError(

@@ -12,7 +12,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -34,6 +34,7 @@ from lrsd.data.tokens import calibration_samples, evaluation_items
 from lrsd.errors import BudgetError
 from lrsd.evaluate import measure
 from lrsd.forms.base import VALUE_BYTES
+from lrsd.forms.layer import parse_layer
 from lrsd.model.kinds.base import EvaluationItem
 from lrsd.model.layout import Layout, find_layout
 from lrsd.model.load import fingerprint, load_model
@@ -43,7 +44,7 @@ from lrsd.numerics.allocate import dense_bytes
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.settings import Calibration
-from lrsd.steps.fit import fit_blocks
+from lrsd.steps.fit import Fitted, fit_blocks
 from lrsd.steps.observe import observe_model
 from lrsd.steps.plan import choose_plan, needs_sensitivity
 from lrsd.steps.statistics import GroupStatistics, Weights, block_statistics
@@ -165,6 +166,8 @@ class Bench:
         return self.add(
             name, recipe, packed.model, on_disk, manifest.budget_bytes, seconds=seconds,
             phases=manifest.seconds, allocation=manifest.allocation_chosen, propagated=manifest.propagated,
+            **_parts({name: (layer.layer, layer.parameters) for name, layer in manifest.layers.items()}),
+            **{"multiply-adds": manifest.macs_per_token / manifest.dense_macs_per_token},
         )  # fmt: skip
 
     def with_text(self, recipe: Recipe, seed: int, calib: Sequence[str] | None = None) -> Recipe:
@@ -235,7 +238,7 @@ class Bench:
     def table(self) -> str:
         """Means over the seeds, and their sample standard deviations where there are several."""
         forms = {"bytes": ",.0f", "bits/weight": ".3f", "of budget": ".5f"}
-        for key in self.rows[0]:
+        for key in dict.fromkeys(key for row in self.rows for key in row):
             if score_form := _SCORES.get(key.partition(",")[0]):
                 forms[key] = score_form
         lines = [f"| | {' | '.join(forms)} |", "|---" * (len(forms) + 1) + "|"]
@@ -253,7 +256,7 @@ class Bench:
 
 
 # How scores are printed.
-_SCORES = {"perplexity": ".2f", "KL": ".4f", "top-1": ".1%"}
+_SCORES = {"perplexity": ".2f", "KL": ".4f", "top-1": ".1%", "multiply-adds": ".1%"}
 
 
 def column(score: str, text: str) -> str:
@@ -369,4 +372,27 @@ class SharedObservation:
             name, recipe, model, int(taken * counted), int(budget * counted),
             seconds=time.perf_counter() - start, allocation=plan.name, propagated=plan.propagate,
             ratio=ratio / counted, shared=True,
+            **_parts({name: (done.entry, done.choice.parameters or {}) for name, done in fitted.items()}),
+            **{"multiply-adds": _multiply_adds(fitted, layout)},
         )  # fmt: skip
+
+
+def _multiply_adds(fitted: dict[str, Fitted], layout: Layout) -> float:
+    """Per token in the linears, as a share of the dense ones'."""
+    taken = dense = 0
+    for name, layer in fitted.items():
+        shape = layout.linears[name].shape
+        macs = shape.out_features * shape.in_features
+        taken += macs if layer.entry is None else parse_layer(name, layer.entry).macs(shape)
+        dense += macs
+    return taken / dense
+
+
+def _parts(layers: Mapping[str, tuple[dict[str, Any] | None, Mapping[str, float]]]) -> dict[str, Any]:
+    """Mean rank by the last word of the layers' names, and the shares of singular energy that were found."""
+    ranks: dict[str, list[int]] = {}
+    for name, (entry, _) in layers.items():
+        terms = entry["terms"] if entry else []
+        ranks.setdefault(name.rpartition(".")[2], []).append(sum(t.get("rank", 0) for t in terms))
+    energies = sorted({p["energy"] for _, p in layers.values() if "energy" in p})
+    return {"ranks": {name: mean(found) for name, found in ranks.items()}, "energy": energies}

@@ -5,6 +5,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lrsd.methods import METHODS
+
+# Methods that make offers for a layer and solve it, of which the contracts are. Those that train the whole
+# model have neither menu nor solution; what they promise is in tests/training.
+SOLVING = [name for name, kind in METHODS.items() if not kind.trains]
+
 # What can be odd about a layer. "plain": nothing; "singular": fewer tokens than input channels;
 # "dead": two silent input channels, two equal ones and a zero output row; "heavy": input channels of
 # very different scale; "zero": no weight at all; "silent": no input at all.

@@ -9,6 +9,7 @@ from lrsd.methods.lrsd import Lrsd
 from lrsd.methods.sparsegpt import SparseGpt
 from lrsd.methods.ssd import Ssd
 from lrsd.methods.svd import Asvd, Svd, SvdLlm
+from lrsd.methods.wanda import Wanda
 
 METHODS: dict[str, type[Method]] = {
     "lrsd": Lrsd,
@@ -16,6 +17,7 @@ METHODS: dict[str, type[Method]] = {
     "gguf": Gguf,
     "gptq": Gptq,
     "sparsegpt": SparseGpt,
+    "wanda": Wanda,
     "ssd": Ssd,
     "svd-llm": SvdLlm,
     "asvd": Asvd,

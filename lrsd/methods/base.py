@@ -31,6 +31,7 @@ class State(StrEnum):
     ROUNDED = "rounded"
     BEST = "best of several"  # of an alternation
     PRUNED = "pruned"
+    TRAINED = "trained"
     DENSE = "dense"  # as allocated
     KEPT = "kept"  # as the source has it
     UNSOLVED = "unsolved"  # left dense, since it has no solution
@@ -155,8 +156,15 @@ class Method:
     rounds: ClassVar[bool] = False
     # Whether a layer that stays dense is taken from the source as it stands there.
     copies_dense: ClassVar[bool] = False
+    # Whether bytes are shared by a rule of its own, `share`.
+    has_own_rule: ClassVar[bool] = False
+    # Whether a layer takes just the bytes of its offer, where these do not depend on an entropy coder; else
+    # at most these.
+    fills_bytes: ClassVar[bool] = True
     # Whether linears that read the same input are to be stored alike, all at the same offer.
     ties_inputs: ClassVar[bool] = False
+    # Whether it trains the model, with gradients, and so makes no offers for a layer (`lrsd.training`).
+    trains: ClassVar[bool] = False
 
     def metric(self, moments: Moments) -> Metric:
         """What weight errors are measured in: G = E[x x^T]."""
@@ -168,6 +176,10 @@ class Method:
 
     def offer(self, problem: LayerProblem) -> Menu:
         """What the layer can be stored as. Raises: SolverError."""
+        raise NotImplementedError
+
+    def share(self, menus: Mapping[str, Menu], budget: int) -> dict[str, Choice]:
+        """An offer for every layer, where the method `has_own_rule`. Raises: BudgetError."""
         raise NotImplementedError
 
     def solve(self, problem: LayerProblem, choice: Choice, *, quick: bool = False) -> Solution:

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from lrsd.methods import low_rank_sparse
 from lrsd.methods.base import LayerProblem, Method, Solution
+from lrsd.methods.supports import pruned_columns
 from lrsd.numerics.menu import Choice, Menu
 
 
@@ -13,7 +14,7 @@ class Columns(Method):
     to make up for the others: S_J = W_J + W_c G_cJ G_JJ^-1."""
 
     def offer(self, problem: LayerProblem) -> Menu:
-        return low_rank_sparse.menu_of(problem.shape, [low_rank_sparse.pruned_columns(problem)])
+        return low_rank_sparse.menu_of(problem.shape, [pruned_columns(problem)])
 
     def solve(self, problem: LayerProblem, choice: Choice, *, quick: bool = False) -> Solution:
         return low_rank_sparse.solve(problem, choice, iterations=1 if quick else 2)

@@ -13,10 +13,20 @@ from lrsd.settings import Allocation, check_options, option
 
 Bits = Literal["auto", "16", "8", "6", "5", "4", "3", "2"]
 Coding = Literal["entropy", "fixed"]
-Structure = Literal["auto", "column", "row", "unstructured", "none"]
 # Ranks offered on top of entropy-coded weights. On SmolLM2-135M a byte spent on rank there pays in the first
 # block's query projection only.
 _CODED_RANKS = (0, 4, 16)
+
+
+def structures_of(text: str) -> tuple[str, ...]:
+    """Kinds of S, "auto" being those that save multiply-adds anywhere. Raises: SettingsError."""
+    if text in ("auto", "none"):
+        return low_rank_sparse.EVERYWHERE if text == "auto" else ()
+    kinds = tuple(kind.strip() for kind in text.split(","))
+    known = low_rank_sparse.STRUCTURES
+    if not set(kinds) <= set(known) or len(set(kinds)) < len(kinds):
+        raise SettingsError(f"structure must be auto, none, or some of {','.join(known)}, got {text!r:.40}")
+    return kinds
 
 
 def parse_rank(text: str) -> int | str:
@@ -51,11 +61,14 @@ class Lrsd(Method):
         "that kernels can read in place.",
     )
     group: int = option(64, "Columns per scale and zero of group-wise codes.", least=1)
-    structure: Structure = option(
+    structure: str = option(
         "auto",
-        "What S keeps on top of the low rank: input channels (column), output channels (row), single entries "
-        "(unstructured), per layer the better of column and row (auto), or none.",
+        "What S keeps on top of the low rank: input channels (column), output channels (row), square blocks "
+        "(block), two of every four columns of a row (2:4), single entries (unstructured), or none; of "
+        "several, such as column,row, per layer what loses least; auto: column,row.",
+        metavar="auto|none|KIND,...",
     )
+    block_size: int = option(16, "Side of the blocks that S may keep: 16 or 32.", least=2)
     rank: int | str = option(
         "auto",
         "auto: by --allocation; energy: one energy threshold; N: this rank everywhere.",
@@ -78,6 +91,7 @@ class Lrsd(Method):
 
     def __post_init__(self) -> None:
         check_options(self)
+        structures_of(self.structure)
         if self.rank not in ("auto", "energy") and not isinstance(self.rank, int):
             raise SettingsError(f"rank must be auto, energy or a whole number, got {self.rank!r:.40}")
         least = 0 if self.entropy_coded else 1
@@ -144,7 +158,8 @@ class Lrsd(Method):
             shares = coded.OUTLIER_SHARES if self.structure in ("auto", "column") else (0.0,)
             return coded.offer_groupwise(problem, self.widths, self.group, shares)
         rank = self.rank if isinstance(self.rank, int) else None
-        return low_rank_sparse.offer(problem, self.structure, rank=rank, bias=added)
+        kinds = structures_of(self.structure)
+        return low_rank_sparse.offer(problem, kinds, block=self.block_size, rank=rank, bias=added)
 
     def solve(self, problem: LayerProblem, choice: Choice, *, quick: bool = False) -> Solution:
         iterations = 1 if quick else self.alternations

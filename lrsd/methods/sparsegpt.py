@@ -3,12 +3,13 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from lrsd.forms.layer import Layer
 from lrsd.forms.masked import Masked
 from lrsd.methods.base import LayerProblem, Method, Solution, State, Status, Summand, store
 from lrsd.numerics.menu import Choice, Menu
-from lrsd.numerics.pruning import prune
+from lrsd.numerics.pruning import largest, prune
 from lrsd.settings import check_options, option
 
 
@@ -31,11 +32,15 @@ class SparseGpt(Method):
         entries = int((problem.share - empty) // (one - empty))
         if entries < 1:
             return Menu.of(shape.dense_bytes)
-        error = problem.relative_error(prune(problem.W_OI, problem.metric.factor, entries, self.block)[0])
+        error = problem.relative_error(self._pruned(problem, entries)[0])
         return Menu.of(shape.dense_bytes, [empty + entries * (one - empty)], [error], {"entries": [entries]})
 
     def solve(self, problem: LayerProblem, choice: Choice, *, quick: bool = False) -> Solution:
-        values_OI, mask_OI = prune(problem.W_OI, problem.metric.factor, choice.count("entries"), self.block)
+        values_OI, mask_OI = self._pruned(problem, choice.count("entries"))
         every_I = torch.arange(values_OI.shape[1])
         status = Status(State.PRUNED, damping=problem.metric.factor.damping)
         return store(problem, [Summand(*Masked.of(values_OI, mask_OI, every_I, len(every_I)))], status=status)
+
+    def _pruned(self, problem: LayerProblem, entries: int) -> tuple[Tensor, Tensor]:
+        factor = problem.metric.factor
+        return prune(problem.W_OI, factor, largest(entries, factor.width), self.block)

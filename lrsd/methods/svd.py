@@ -16,7 +16,7 @@ class SvdLlm(Method):
     """min tr((W - L) G (W - L)^T) over rank L <= r, two factors. Source: SVD-LLM (ICLR 2025), section 3."""
 
     def offer(self, problem: LayerProblem) -> Menu:
-        return low_rank_sparse.offer(problem, "none", pivoted=False)
+        return low_rank_sparse.offer(problem, (), pivoted=False)
 
     def solve(self, problem: LayerProblem, choice: Choice, *, quick: bool = False) -> Solution:
         return low_rank_sparse.solve(problem, choice)

@@ -29,7 +29,7 @@ def allocate_smallest(menus: Mapping[str, Menu], budget: int) -> Allocation:
     """The smallest offer of every layer, where there is nothing to choose. Raises: BudgetError."""
     smallest = dict.fromkeys(menus, 0)
     if allocated_bytes(menus, smallest) > budget:
-        raise _unreachable(menus, budget)
+        raise unreachable(menus, budget)
     return smallest
 
 
@@ -105,7 +105,7 @@ def allocate_by_weight(
     found = {name: int(hull[0]) for name, hull in zip(names, hulls, strict=True)}
     spent = allocated_bytes(menus, found)
     if spent > budget:
-        raise _unreachable(menus, budget)
+        raise unreachable(menus, budget)
     gains, costs = [], []
     for (name, menu), hull in zip(menus.items(), hulls, strict=True):
         cost = np.diff(menu.nbytes_N.numpy()[hull])
@@ -151,7 +151,8 @@ def fill(
     return filled
 
 
-def _unreachable(menus: Mapping[str, Menu], budget: int) -> BudgetError:
+def unreachable(menus: Mapping[str, Menu], budget: int) -> BudgetError:
+    """No offers are small enough."""
     smallest, total = allocated_bytes(menus, dict.fromkeys(menus, 0)), dense_bytes(menus)
     return BudgetError(
         f"ratio {total / budget:.4g}x leaves {budget:,} bytes for the linear weights, but the smallest form "

@@ -75,6 +75,22 @@ class Menu:
             tuple(sets),
         )
 
+    @staticmethod
+    def every(
+        dense_bytes: int, nbytes: Numbers, errors: Numbers, parameters: Mapping[str, Numbers]
+    ) -> "Menu":
+        """All of them by bytes, dominated ones too, for a method that chooses by a rule of its own."""
+        sizes, lost = np.asarray(nbytes, dtype=np.int64), np.asarray(errors, dtype=np.float64)
+        order = np.lexsort((lost, sizes))
+        return Menu(
+            torch.from_numpy(np.append(sizes[order], dense_bytes)),
+            torch.from_numpy(np.append(lost[order], 0.0)),
+            {
+                name: torch.from_numpy(np.asarray(v, dtype=np.float64)[order])
+                for name, v in parameters.items()
+            },
+        )
+
     def with_dense_bytes(self, nbytes: int) -> "Menu":
         """The same offers beside a dense weight that takes so many bytes."""
         return Menu.of(nbytes, self.nbytes_N[:-1], self.errors_N[:-1], self.parameters, self.sets)

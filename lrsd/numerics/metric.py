@@ -21,15 +21,16 @@ class Metric:
     def __init__(
         self,
         gram_II: Tensor,
-        factor: Callable[[], HessianFactor] | None = None,
+        factors: tuple[Callable[[], HessianFactor], ...] = (),
         *,
         damps_by_channel: bool = False,
     ) -> None:
-        """factor: that of the same metric in float64, which serves here too."""
+        """factors: those of the same metric in float64, which serve here too."""
         self.gram, self.damps_by_channel = gram_II, damps_by_channel
         # No metric refers to itself or to its like: both would stay in memory until a garbage collection.
-        self._factor = (
-            cache(partial(hessian_factor, gram_II, by_channel=damps_by_channel)) if factor is None else factor
+        self._factors = factors or tuple(
+            cache(partial(hessian_factor, gram_II, by_channel=damps_by_channel, together=together))
+            for together in (1, 4)
         )
 
     @property
@@ -39,7 +40,12 @@ class Metric:
     @property
     def factor(self) -> HessianFactor:
         """Raises: SolverError."""
-        return self._factor()
+        return self._factors[0]()
+
+    @property
+    def factor_of_fours(self) -> HessianFactor:
+        """The same in an order that keeps every four neighbors together. Raises: SolverError."""
+        return self._factors[1]()
 
     @cached_property
     def shares(self) -> Tensor:
@@ -67,7 +73,7 @@ class Metric:
 
     @cached_property
     def _single(self) -> "Metric":
-        return Metric(self.gram.float(), self._factor, damps_by_channel=self.damps_by_channel)
+        return Metric(self.gram.float(), self._factors, damps_by_channel=self.damps_by_channel)
 
     def energy(self, W_OI: Tensor) -> float:
         """tr(W G W^T) from products in float32: the mean squared norm of W x per token."""

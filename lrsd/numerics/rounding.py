@@ -59,16 +59,20 @@ class HessianFactor:
         return HessianFactor(self.order_I.cpu(), self.upper_II.cpu(), self.damping)
 
 
-def hessian_factor(gram_II: Tensor, damping: float = DAMPING, *, by_channel: bool = False) -> HessianFactor:
+def hessian_factor(
+    gram_II: Tensor, damping: float = DAMPING, *, by_channel: bool = False, together: int = 1
+) -> HessianFactor:
     """Factor a metric; the ridge is raised tenfold while G + ridge is not positive definite.
 
     by_channel: every channel's ridge in units of its own G_jj instead of their mean, by which one massive
-    channel would damp the feedback of all. Raises: SolverError.
+    channel would damp the feedback of all. together: neighbors that the order keeps together. Raises:
+    SolverError.
     """
     first = damping
     gram_II = gram_II.double()
     diagonal_I = gram_II.diagonal()
-    order_I = diagonal_I.argsort(descending=True, stable=True)
+    groups_G = diagonal_I.view(-1, together).sum(1).argsort(descending=True, stable=True)
+    order_I = (together * groups_G[:, None] + torch.arange(together, device=groups_G.device)).flatten()
     backward_I = order_I.flip(0)
     scale = float(diagonal_I.mean()) or 1.0
     ridge_I = torch.full_like(diagonal_I, scale)
@@ -299,6 +303,14 @@ class GroupCodes:
         return (self.codes_OI.float() - self.zeros_OG.float()[:, columns]) * self.scales_OG.float()[
             :, columns
         ]
+
+
+def nearest_groupwise(W_OI: Tensor, bits: int, group: int, dtype: torch.dtype = torch.bfloat16) -> GroupCodes:
+    """The same grid as `round_groupwise`, each weight rounded to the nearest."""
+    scales_OG, zeros_OG = _fit_groups(W_OI.float(), bits, group, dtype)
+    columns = torch.arange(W_OI.shape[1], device=W_OI.device) // group
+    codes_OI = (W_OI / scales_OG[:, columns] + zeros_OG[:, columns]).round().clamp(0, 2**bits - 1)
+    return GroupCodes(codes_OI.to(torch.uint8), scales_OG.to(dtype), zeros_OG.to(torch.uint8), bits, group)
 
 
 def round_groupwise(

@@ -9,7 +9,6 @@ from torch import Tensor
 from lrsd.numerics.lowrank import best_low_rank, complement, ridged_cholesky
 from lrsd.numerics.metric import Metric
 from lrsd.numerics.moments import energy
-from lrsd.numerics.pruning import prune_and_refit
 from lrsd.numerics.rounding import EntropyCodes, GroupCodes, HessianFactor, hessian_factor
 from lrsd.numerics.structured import (
     ColumnSplit,
@@ -18,7 +17,6 @@ from lrsd.numerics.structured import (
     select_columns,
     select_rows,
     split_columns,
-    threshold_within_columns,
 )
 
 
@@ -113,50 +111,42 @@ def decompose(
     return replace(found, error=error, history=(error,))
 
 
-def decompose_thresholded(
-    W_OI: Tensor, gram_II: Tensor, *, rank: int, columns: int, entries: int, iterations: int = 5
+def decompose_sparse(
+    W_OI: Tensor,
+    metric: Metric,
+    sparse: Callable[[Tensor, Metric], tuple[Tensor, Tensor]],
+    *,
+    rank: int = 0,
+    iterations: int = 1,
 ) -> Decomposition:
-    """Low rank plus *thresholded* sparse by alternation: S-step on W - L, L-step on W - S.
+    """Low rank plus entries that are fitted to outputs wherever they are, by alternation.
 
-    The S-step keeps `entries` values within the `columns` best columns, those largest against their
-    column's mean magnitude (the source paper). The closed form does not hold under a threshold, hence the
-    alternation; the best iterate is returned and the error of each recorded in `history`.
-    iterations=1 is no alternation: S from the residual of the best low rank, then one L.
+    S-step: `sparse` of W - L; L-step: best low rank of W - S; S comes first and last, so that it is the
+    optimum on its mask for the L that it is stored with. The best iterate is returned, the error of each
+    recorded in `history`. Without a rank there is nothing to alternate.
 
-    Source: SSD (ACL 2025), section 3.
+    Args: sparse(target, metric) -> values (O, I) and mask, see `pruning`. Raises: SolverError.
+    Source: the alternation of OATS (ICLR 2025) and 3BASiL (2025), S by error feedback and refitted.
     """
-    none = torch.zeros(0, dtype=torch.int64, device=W_OI.device)
-    U_OR, V_RI = best_low_rank(W_OI, gram_II, rank)
+    every_I, none = (torch.arange(n, device=W_OI.device) for n in (W_OI.shape[1], 0))
+    S_OI, mask_OI = sparse(W_OI, metric)
+    U_OR, V_RI = W_OI[:, :0], W_OI[:0]
     best: Decomposition | None = None
     history: list[float] = []
-    for _ in range(iterations):
-        residual_OI = W_OI - U_OR @ V_RI
-        kept_K = column_energies(residual_OI, gram_II).topk(columns).indices.sort().values
-        mask_OK = threshold_within_columns(residual_OI[:, kept_K], entries)
-        S_OI = torch.zeros_like(W_OI)
-        S_OI[:, kept_K] = residual_OI[:, kept_K] * mask_OK
-        U_OR, V_RI = best_low_rank(W_OI - S_OI, gram_II, rank)
-        error = relative_error(W_OI, U_OR @ V_RI + S_OI, gram_II)
+    for _ in range(iterations if rank else 1):
+        if rank:
+            U_OR, V_RI = best_low_rank(W_OI - S_OI.to(W_OI), metric.gram, rank)
+            S_OI, mask_OI = sparse(W_OI - U_OR @ V_RI, metric)
+        S_OI = S_OI.to(W_OI)
+        error = relative_error(W_OI, U_OR @ V_RI + S_OI, metric.gram)
         history.append(error)
         if best is None or error < best.error:
             best = Decomposition(
-                (W_OI.shape[0], W_OI.shape[1]), U_OR, V_RI, kept_K, S_OI[:, kept_K], none, W_OI[none],
-                mask_OK=mask_OK, error=error, history=(), status=f"best of {iterations}",
+                (W_OI.shape[0], W_OI.shape[1]), U_OR, V_RI, every_I, S_OI, none, W_OI[none],
+                mask_OK=mask_OI, error=error, history=(), status="pruned", damping=metric.factor.damping,
             )  # fmt: skip
     assert best is not None, "iterations is validated to be at least 1"
     return replace(best, history=tuple(history))
-
-
-def decompose_pruned(W_OI: Tensor, metric: Metric, entries: int) -> Decomposition:
-    """Single entries, wherever they are, see `pruning.prune_and_refit`. Raises: SolverError."""
-    S_OI, mask_OI = prune_and_refit(W_OI, metric, entries)
-    S_OI = S_OI.to(W_OI)
-    every_I, none = (torch.arange(n, device=W_OI.device) for n in (W_OI.shape[1], 0))
-    error = relative_error(W_OI, S_OI, metric.gram)
-    return Decomposition(
-        (W_OI.shape[0], W_OI.shape[1]), W_OI[:, :0], W_OI[:0], every_I, S_OI, none, W_OI[none],
-        mask_OK=mask_OI, error=error, history=(error,), status="pruned", damping=metric.factor.damping,
-    )  # fmt: skip
 
 
 def columns_plus_codes(W_OI: Tensor, metric: Metric, columns: int) -> tuple[ColumnSplit, HessianFactor]:

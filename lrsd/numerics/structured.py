@@ -182,20 +182,3 @@ def _project_rows(W_OI: Tensor, V_RI: Tensor, gram_II: Tensor) -> Tensor:
     """Best fit to W with rows in the span of V, in the metric G."""
     normal_RR = V_RI @ gram_II @ V_RI.T
     return (W_OI @ gram_II @ V_RI.T) @ torch.linalg.pinv(normal_RR, hermitian=True) @ V_RI
-
-
-def threshold_within_columns(values_OK: Tensor, count: int) -> Tensor:
-    """The source paper's inner threshold: entries large against their column's mean magnitude; bool (O, K).
-
-    The paper keeps those above 1 x the mean, a number that depends on the data. Here the `count`
-    largest multiples of the mean are kept, so that the bytes are known beforehand.
-    """
-    magnitude_OK = values_OK.abs()
-    mean_K = magnitude_OK.mean(0).clamp(min=torch.finfo(values_OK.dtype).tiny)
-    return _largest(magnitude_OK / mean_K, count)
-
-
-def _largest(scores: Tensor, count: int) -> Tensor:
-    keep = torch.zeros(scores.numel(), dtype=torch.bool, device=scores.device)
-    keep[scores.flatten().topk(count).indices] = True
-    return keep.view_as(scores)

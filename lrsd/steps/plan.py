@@ -138,12 +138,16 @@ def make_plan(
 ) -> Plan:
     """divergence: the held-out KL of a plan, where plans are to be compared; inputs: names of the layers
     that read the same input, which some methods store alike."""
-    menus, sensitivity = observation.menus, observation.sensitivity
+    menus, sensitivity, asked = observation.menus, observation.sensitivity, recipe.calibration.propagate
     tied: dict[str, TiedMenu] = {}
     if recipe.method.ties_inputs:
         for names in inputs:
             tied[names[0]] = TiedMenu.of({name: menus[name] for name in names}, sensitivity)
         menus, sensitivity = {name: found.menu for name, found in tied.items()}, dict.fromkeys(tied, 1.0)
+
+    if recipe.method.has_own_rule:
+        propagate = recipe.method.propagates if asked is None else asked
+        return Plan(recipe.method.share(menus, budget), recipe.method_name, None, propagate)
 
     def plan(name: str, allocation: Allocation, compared: dict[str, float] | None = None) -> Plan:
         if tied:
@@ -156,7 +160,7 @@ def make_plan(
         expected = None
         if needs_sensitivity(recipe):
             expected = sum(observation.sensitivity[layer] * c.error for layer, c in choices.items())
-        propagate = recipe.calibration.propagate
+        propagate = asked
         if propagate is None:
             small = recipe.method.rounds and expected is not None and expected < _SMALL_KL
             propagate = recipe.method.propagates and not small

@@ -7,12 +7,18 @@ from torch import Tensor
 
 from lrsd.methods.base import LayerProblem
 from lrsd.methods.sparsegpt import SparseGpt
+from lrsd.numerics import pruning
 from lrsd.numerics.metric import Metric
-from lrsd.numerics.pruning import prune
 
 every_kind = pytest.mark.parametrize("kind", [*KINDS, *DEGENERATE])
 BLOCKS = [1, 7, 128]
 every_block = pytest.mark.parametrize("block", BLOCKS)
+
+
+def pruned(W_OI: Tensor, metric: Metric, entries: int, block: int) -> tuple[Tensor, Tensor]:
+    return pruning.prune(W_OI, metric.factor, pruning.largest(entries, W_OI.shape[1]), block)
+
+
 SHAPES = [(40, 24), (24, 40), (1, 9), (9, 1)]
 
 
@@ -27,7 +33,7 @@ def test_exactly_so_many_entries_stay(
     layer = random_layer(generator, *shape, kind)
     size = shape[0] * shape[1]
     for entries in (0, 1, size // 3, size - 1, size):
-        values_OI, mask_OI = prune(layer.W_OI, Metric(layer.gram).factor, entries, block)
+        values_OI, mask_OI = pruned(layer.W_OI, Metric(layer.gram), entries, block)
         assert int(mask_OI.sum()) == entries
         assert not values_OI[~mask_OI].any()
         assert values_OI.isfinite().all()
@@ -39,7 +45,7 @@ def test_with_every_entry_kept_it_is_the_weight_itself(
     generator: torch.Generator, block: int, kind: str
 ) -> None:
     layer = random_layer(generator, 24, 40, kind)
-    values_OI, mask_OI = prune(layer.W_OI, Metric(layer.gram).factor, 24 * 40, block)
+    values_OI, mask_OI = pruned(layer.W_OI, Metric(layer.gram), 24 * 40, block)
     assert mask_OI.all()
     assert torch.equal(values_OI, layer.W_OI.float())
 
@@ -56,7 +62,7 @@ def test_feedback_beats_magnitude_and_wanda_on_correlated_inputs(
     layer = correlated(generator, kind)
     W_OI = layer.W_OI
     entries = int(share * W_OI.numel())
-    pruned_OI = prune(W_OI, Metric(layer.gram).factor, entries, block)[0].double()
+    pruned_OI = pruned(W_OI, Metric(layer.gram), entries, block)[0].double()
     scores_OI = W_OI.abs() * layer.x_TI.square().mean(0).sqrt()
     wanda_OI = torch.zeros_like(W_OI, dtype=torch.bool)
     wanda_OI.scatter_(1, scores_OI.topk(entries // len(W_OI), 1).indices, True)
@@ -68,7 +74,7 @@ def test_feedback_beats_magnitude_and_wanda_on_correlated_inputs(
 def test_feedback_pays_for_the_same_entries(generator: torch.Generator, share: float) -> None:
     layer = correlated(generator, "plain")
     entries = int(share * layer.W_OI.numel())
-    values_OI, mask_OI = prune(layer.W_OI, Metric(layer.gram).factor, entries, 16)
+    values_OI, mask_OI = pruned(layer.W_OI, Metric(layer.gram), entries, 16)
     assert layer.error(values_OI.double()) < 0.8 * layer.error(layer.W_OI * mask_OI)
 
 
@@ -78,7 +84,7 @@ def test_without_correlations_it_is_magnitude_pruning_within_blocks(
 ) -> None:
     """G = I leaves nothing to make up for: what stays is the weight's own, the largest of each block."""
     W_OI = random_layer(generator, 30, 40).W_OI
-    values_OI, mask_OI = prune(W_OI, Metric(torch.eye(40).double()).factor, 400, block)
+    values_OI, mask_OI = pruned(W_OI, Metric(torch.eye(40).double()), 400, block)
     torch.testing.assert_close(values_OI[mask_OI], W_OI.float()[mask_OI], rtol=0, atol=0)
     for start in range(0, 40, block):
         part_OB, kept_OB = W_OI.abs()[:, start : start + block], mask_OI[:, start : start + block]

@@ -37,7 +37,7 @@ from lrsd.model.load import load_model, resolve_device
 from lrsd.numerics.blocks import round_to_blocks
 from lrsd.numerics.lowrank import cholesky
 from lrsd.numerics.metric import Metric
-from lrsd.numerics.pruning import prune, refit_entries
+from lrsd.numerics.pruning import largest, prune, refit_entries
 from lrsd.numerics.rounding import round_entropy_coded, round_groupwise
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
@@ -57,11 +57,15 @@ MODES: dict[str, dict[str, Any]] = {
     "columns": {"ratio": 1.6, "bits": "16", "structure": "column", "allocation": "kl"},
     "rows": {"ratio": 1.6, "bits": "16", "structure": "row", "allocation": "uniform"},
     "unstructured": {"ratio": 1.6, "bits": "16", "structure": "unstructured", **SOME},
+    "blocks": {"ratio": 1.6, "bits": "16", "structure": "block", "block_size": 4, **SOME},
+    "2:4": {"ratio": 1.6, "bits": "16", "structure": "2:4", **SOME},
     "fixed widths": {"ratio": 3, "bits": "4", **SOME},
     "gptq": {"ratio": 3, "method": "gptq", **SOME},
     "integers": {"ratio": 3, **FOR_ENGINES, "sweeps": 1, **SOME},
     "sparsegpt": {"ratio": 1.6, "method": "sparsegpt", **SOME},
     "ssd": {"ratio": 1.6, "method": "ssd"},
+    "triple compression": {"ratio": 2, "method": "ssd", "bits": "4", "factor_bits": "8", **SOME},
+    "wanda": {"ratio": 1.6, "method": "wanda", **SOME},
     "svd": {"ratio": 1.6, "method": "svd"},
     "asvd": {"ratio": 1.6, "method": "asvd"},
     "svd-llm": {"ratio": 1.6, "method": "svd-llm"},
@@ -90,14 +94,15 @@ HOST_WORK = {
 # By mode and phase: kernels launched and waits per layer of the tiny model, bytes to the device and to the
 # host per weight; at least a seventh more than was counted, as releases of torch and transformers differ.
 # Entropy-coded weights are rounded four times while a layer is observed, and go to the host and back each
-# time. Codes of fixed width take 9 launches for each of 64 or 160 columns and each of the roundings.
+# time. SSD tries 35 pairs of a rank and a share of S. Codes of fixed width take 9 launches for each of 64 or
+# 160 columns and each of the roundings.
 BOUNDS: dict[str, dict[str, tuple[float, float, float, float]]] = {
     "entropy coded": {"observe": (1600, 71, 23, 43), "compress": (370, 41, 11, 20)},
     "16 bit": {"observe": (860, 75, 1, 6), "compress": (750, 73, 11, 4)},
     "fixed widths": {"observe": (7790, 46, 1, 7), "compress": (2050, 31, 7, 1)},
     "integers": {"observe": (5330, 43, 1, 7), "compress": (3790, 28, 7, 1)},
     "sparsegpt": {"observe": (1020, 18, 1, 7), "compress": (760, 20, 7, 2)},
-    "ssd": {"observe": (225, 10, 1, 5), "compress": (520, 49, 6, 2)},
+    "ssd": {"observe": (3300, 780, 7, 17), "compress": (620, 70, 7, 4)},
 }
 
 
@@ -296,7 +301,7 @@ ROUNDINGS: dict[str, tuple[float, Callable[[Tensor, Metric], Any]]] = {
     "two tiers of scales": (
         9.2 + 15, lambda W, m: round_to_blocks(W, m.factor, m.damped, BLOCK_TYPES["Q4_K"].grid, sweeps=1),
     ),
-    "pruning": (4.2, lambda W, m: prune(W, m.factor, 24 * 64)),
+    "pruning": (4.2, lambda W, m: prune(W, m.factor, largest(24 * 64, m.width))),
     "entries refitted": (3.3, lambda W, m: refit_entries(W, W, W > 0, m.damped, sweeps=1)),
 }  # fmt: skip
 

@@ -38,8 +38,18 @@ RECIPES: dict[str, dict[str, Any]] = {
     "columns": {"bits": "16", "structure": "column", "allocation": "uniform"},
     "rows": {"bits": "16", "structure": "row", "allocation": "uniform"},
     "unstructured": {"bits": "16", "structure": "unstructured", "allocation": "energy"},
+    "blocks": {"bits": "16", "structure": "block", "block_size": 4, "allocation": "uniform"},
+    "2:4": {"bits": "16", "structure": "2:4,row", "allocation": "uniform"},
     "mean correction": {"bits": "16", "mean_correction": True, "allocation": "uniform"},
     "ssd": {"method": "ssd"},
+    "ssd of rows and codes": {
+        "method": "ssd",
+        "structure": "row",
+        "bits": "4",
+        "group": 8,
+        "factor_bits": "8",
+    },
+    "wanda": {"method": "wanda"},
     "svd-llm": {"method": "svd-llm"},
     "fixed rank": {"bits": "16", "rank": 12, "structure": "none"},
     "gpt2": {"bits": "16", "allocation": "uniform"},
@@ -160,16 +170,37 @@ def reconstruct(tensors: dict[str, Tensor], entry: dict[str, Any], shape: tuple[
         W[:, columns] = stored["column_values"]
     if "row_values" in stored:
         W[rows] = stored["row_values"]
+    forms = {term["form"]: term for term in entry["terms"]}
     if "mask" in stored:
-        kept = columns or list(range(in_features))
+        turned = W.T if forms["masked"].get("outputs") else W
+        kept = columns or list(range(turned.shape[1]))
         bits = torch.tensor([byte >> bit & 1 for byte in stored["mask"].tolist() for bit in range(8)])
-        S = torch.zeros(out_features * len(kept), dtype=torch.float64)
+        S = torch.zeros(turned.shape[0] * len(kept), dtype=torch.float64)
         S[bits[: len(S)].bool()] = stored["entries"]
-        W[:, kept] += S.view(out_features, len(kept))
+        turned[:, kept] += S.view(turned.shape[0], len(kept))
+    if "block_values" in stored:
+        size, row = forms["blocks"]["size"], 0
+        for number, column in enumerate(stored["block_columns"].tolist()):
+            while stored["block_ends"][row] <= number:
+                row += 1
+            here = slice(row * size, (row + 1) * size), slice(column * size, (column + 1) * size)
+            W[here] += stored["block_values"][number]
+    if "pair_values" in stored:
+        for i, fours in enumerate(stored["pair_places"].tolist()):
+            halves = [half for byte in fours for half in (byte % 16, byte // 16)]
+            places = [4 * four + place for four, half in enumerate(halves) for place in (half % 4, half // 4)]
+            W[i, places] += stored["pair_values"][i]
+    if "left_codes" in stored:
+        bits, rank = forms["coded_low_rank"]["bits"], len(stored["rank_scales"])
+        left, right = (
+            unpacked(bytes(tensors[f"{side}_codes"].tolist()), bits, rank * size) - 2 ** (bits - 1)
+            for side, size in (("left", out_features), ("right", in_features))
+        )
+        W += (left.view(-1, rank) * stored["rank_scales"]) @ right.view(rank, -1)
     if "codes" in stored or "weight_packed" in stored:
         coded = next(t for t in entry["terms"] if t["form"] in CODED)
         W[:, free_columns] += integers(tensors, coded, out_features, len(free_columns))
-    assert {term["form"] for term in entry["terms"]} <= {"low_rank", "masked", *CODED}
+    assert forms.keys() <= {"low_rank", "masked", "blocks", "semi_structured", "coded_low_rank", *CODED}
     return W
 
 
@@ -393,7 +424,11 @@ def test_a_checkpoint_of_format_version_1_loads_and_computes_the_same(
     compressed: Compressed, tokens: Tensor, tmp_path: Path
 ) -> None:
     """Its tensors were the same, but for codes on a plain grid; its entries were flat."""
-    if compressed.manifest.recipe["method"] == "integers":
+    terms = [
+        term for layer in compressed.manifest.layers.values() for term in (layer.layer or {}).get("terms", [])
+    ]
+    newer_forms = {"symmetric", "blocks", "semi_structured", "coded_low_rank"}
+    if any(term["form"] in newer_forms or "outputs" in term for term in terms):
         pytest.skip("version 1 had no such form")
     newer, older = tmp_path / "newer", tmp_path / "older"
     shutil.copytree(compressed.directory, newer)

@@ -3,6 +3,7 @@ says what damping it took; what has no solution at all is a SolverError.
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -11,13 +12,14 @@ from torch import Tensor
 from lrsd.errors import SolverError
 from lrsd.numerics.lowrank import ridged_cholesky, spectrum, spectrum_errors
 from lrsd.numerics.metric import Metric
+from lrsd.numerics.pruning import sparse_blocks, sparse_pairs
 from lrsd.numerics.rounding import DAMPING, hessian_factor, round_entropy_coded, round_groupwise
 from lrsd.numerics.solver import (
     Decomposition,
     columns_plus_codes,
     decompose,
     decompose_coded,
-    decompose_thresholded,
+    decompose_sparse,
     propagated_target,
     relative_error,
 )
@@ -86,7 +88,8 @@ SOLVERS: dict[str, Callable[[Tensor, Tensor], Decomposition]] = {
     "low rank": lambda W, G: decompose(W, G, rank=6),
     "columns": lambda W, G: decompose(W, G, rank=4, columns=5),
     "rows": lambda W, G: decompose(W, G, rank=4, rows=5),
-    "thresholded": lambda W, G: decompose_thresholded(W, G, rank=4, columns=5, entries=40),
+    "2:4": lambda W, G: decompose_sparse(W, Metric(G), sparse_pairs, rank=4, iterations=2),
+    "blocks": lambda W, G: decompose_sparse(W, Metric(G), partial(sparse_blocks, blocks=3, size=4), rank=2),
     "entropy coded": lambda W, G: coded(W, G, lambda w, factor: round_entropy_coded(w, factor, 1e-3), 0),
     "group-wise": lambda W, G: coded(W, G, lambda w, factor: round_groupwise(w, factor, bits=4, group=8), 4),
 }

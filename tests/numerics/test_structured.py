@@ -14,7 +14,6 @@ from lrsd.numerics.structured import (
     select_columns,
     select_rows,
     split_columns,
-    threshold_within_columns,
 )
 
 all_layers = pytest.mark.parametrize("kind", KINDS)
@@ -225,19 +224,3 @@ def test_rescoring_rows_beside_the_chosen_ones_pays_on_average(generator: torch.
         first += min(row_error(layer, score.topk(6).indices.sort().values, 6) for score in scores) / total
         chosen += row_error(layer, select_rows(layer.W_OI, layer.gram, 6, 6).kept, 6) / total
     assert chosen < 0.995 * first
-
-
-@pytest.mark.parametrize("count", [0, 1, 17, 60])
-def test_threshold_keeps_the_entries_largest_against_their_columns_mean(
-    generator: torch.Generator, count: int
-) -> None:
-    values_OK = torch.randn(12, 5, generator=generator) * torch.logspace(-3, 3, 5)
-    mask_OK = threshold_within_columns(values_OK, count)
-    assert int(mask_OK.sum()) == count
-    multiples_OK = values_OK.abs() / values_OK.abs().mean(0)
-    if 0 < count < 60:
-        assert multiples_OK[mask_OK].min() >= multiples_OK[~mask_OK].max()
-
-
-def test_threshold_of_a_zero_column_still_keeps_the_exact_count() -> None:
-    assert int(threshold_within_columns(torch.zeros(6, 4), 9).sum()) == 9
