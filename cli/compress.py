@@ -17,6 +17,7 @@ Examples:
   lrsd compress ./my-model --ratio 3.8x --format compressed-tensors -o for-vllm
   lrsd compress model-bf16.gguf --size 80MB --format gguf -o model-80.gguf
   lrsd compress ./my-model --ratio 3.5x --method gptq -o peer
+  lrsd compress ./my-encoder --ratio 20% --method losparse --train labelled.csv -o trained
   lrsd compress ./my-model --ratio 4x -o out --resume
   torchrun --nproc-per-node gpu --no-python lrsd compress ./my-model --ratio 4x -o out
 """

@@ -4,17 +4,21 @@ import json
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, closing, contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from lrsd.checkpoint.manifest import Manifest, holds_manifest, read_manifest
-from lrsd.checkpoint.writer import publish, require_free, require_place
-from lrsd.errors import InputError, LrsdError, StorageError
+from lrsd.checkpoint.writer import require_free, require_place
+from lrsd.errors import InputError, SettingsError
+from lrsd.model.samples import Samples
 from lrsd.progress import Progress
 from lrsd.recipe import Recipe
 from lrsd.steps.embeddings import fit_embeddings
 from lrsd.steps.fit import fit_blocks
+from lrsd.steps.output import WRITTEN, move_into_place, work_towards, written_place
 from lrsd.steps.prepare import Clock, Prepared, calibration_identity, prepare
 from lrsd.steps.proof import require_usable
 from lrsd.steps.source import SourceModel, load_source
@@ -25,15 +29,10 @@ from lrsd.steps.write import (
     require_suits,
     write_result,
 )
-from lrsd.work.journal import Journal, difference, partial_directory
+from lrsd.work.journal import Journal, difference
 from lrsd.work.kept import Kept
 from lrsd.work.process import Process
 from lrsd.work.world import World, local_processes
-
-# What another try may not run into: the user or the system ended the run, or there was no room for it.
-_PASSING = (KeyboardInterrupt, SystemExit, StorageError, MemoryError, OSError, torch.OutOfMemoryError)
-# The journal's last step; where the checkpoint is written to.
-WRITTEN, _CHECKPOINT = "written", "checkpoint"
 
 
 def compress(
@@ -53,6 +52,8 @@ def compress(
     Observe the dense model on calibration text, allocate the byte budget among its layers, fit them block by
     block, and write the packed checkpoint. Finished blocks are kept beside `output` meanwhile.
 
+    A method that trains does so instead (`lrsd.training`), with gradients.
+
     Args: resume: go on with what an earlier run of the same command has finished, if there is anything;
         the result is the same, byte by byte; memory: bytes of it allowed, all of the machine's by default;
         process: what may be changed of it, nothing by default; world: the processes that share the work,
@@ -62,6 +63,8 @@ def compress(
     """
     world, clock = world or World(), Clock()
     progress = progress if progress and world.leads else Progress()
+    if recipe.method.trains:
+        _training().method_of(recipe)
     require_place(output)
     require_suits(output, recipe.run.format)
     with work_towards(output, resume, world) as journal, torch.no_grad(), ExitStack() as undone:
@@ -70,32 +73,56 @@ def compress(
         if not finished and WRITTEN not in journal:
             require_free(output)
         with clock("load"):
-            loaded = load_source(source, recipe, memory, process, world)
+            load = _training().load if recipe.method.trains else load_source
+            loaded = load(source, recipe, memory, process, world)
             undone.callback(loaded.residence.close)
         require_convertible(loaded, recipe.run.format)
         if finished:
             return require_same(output, loaded, recipe)
         journal.claim(model=loaded.fingerprint, text=loaded.text)
         if WRITTEN not in journal:
-            kept = _kept(calibration, loaded, recipe)
-            prepared = prepare(loaded, recipe, progress, clock, journal, kept)
-            fitted = fit_blocks(
-                prepared.replay, prepared.observation, prepared.plan, loaded.budget, recipe.method, progress,
-                journal,
-            )  # fmt: skip
-            loaded.residence.offload()  # what is written is read on the host
-            if loaded.gguf is not None:
-                fitted |= fit_embeddings(
-                    loaded.loaded.model, loaded.embeddings, recipe.method, prepared.plan, journal
-                )
-            done = Compressed(loaded, recipe, prepared.observation, prepared.plan, fitted, prepared.resources)
+            if recipe.method.trains:
+                done, samples = _training().train(loaded, recipe, progress, journal)
+            else:
+                kept = _kept(calibration, loaded, recipe)
+                done, samples = _fit(loaded, recipe, progress, clock, journal, kept)
             if world.leads:
-                written = _written(journal, output)
+                written = written_place(journal, output)
                 write_result(done, written, clock.with_steps(journal))
-                if (note := require_usable(loaded, prepared.samples, written)) is not None:
+                if (note := require_usable(loaded, samples, written)) is not None:
                     progress.note(note)
             journal.finish(WRITTEN)
         return move_into_place(journal, output)
+
+
+def _fit(
+    source: SourceModel, recipe: Recipe, progress: Progress, clock: Clock, journal: Journal, kept: Kept | None
+) -> tuple[Compressed, Samples]:
+    """Observe, allocate, fit. Returns: what is to be written, and samples to try it on."""
+    prepared = prepare(source, recipe, progress, clock, journal, kept)
+    fitted = fit_blocks(
+        prepared.replay, prepared.observation, prepared.plan, source.budget, recipe.method, progress, journal
+    )
+    source.residence.offload()  # what is written is read on the host
+    if source.gguf is not None:
+        fitted |= fit_embeddings(
+            source.loaded.model, source.embeddings, recipe.method, prepared.plan, journal
+        )
+    done = Compressed(source, recipe, prepared.observation, prepared.plan, fitted, prepared.resources)
+    return done, prepared.samples
+
+
+def _training() -> ModuleType:
+    """What trains, which is imported for methods that do only: Trainer takes seconds, and memory."""
+    return import_module("lrsd.training.losparse")
+
+
+def _require_dry_run(recipe: Recipe) -> None:
+    """Raises: SettingsError for a method that has no plan before it has trained."""
+    if recipe.method.trains:
+        raise SettingsError(
+            f"method {recipe.method_name} has no plan to show before it has trained; leave out --dry-run"
+        )
 
 
 def require_same(output: Path, source: SourceModel, recipe: Recipe) -> Manifest:
@@ -110,58 +137,6 @@ def require_same(output: Path, source: SourceModel, recipe: Recipe) -> Manifest:
     return manifest
 
 
-@contextmanager
-def work_towards(output: Path, resume: bool, world: World) -> Iterator[Journal]:
-    """The journal beside `output`. What it holds outlives an interruption and a full disk, but not an error
-    that another try would run into again.
-
-    Raises: InputError if there is unfinished work and it is not to be resumed.
-    """
-    journal = Journal(partial_directory(output), world)
-    if journal.begun and not resume and not journal.finished_steps:
-        journal.remove()  # stopped before anything was finished
-        journal = Journal(journal.directory, world)
-    if journal.begun and not resume:
-        journal.close()
-        raise InputError(
-            f"{journal.directory} holds the unfinished work of an earlier run; add --resume to go on with "
-            "it, or delete it"
-        )
-    try:
-        yield journal
-    except BaseException as error:
-        if journal.begun and world.leads:
-            if (isinstance(error, LrsdError) and error.final) or not journal.worth_keeping:
-                journal.remove()
-            elif isinstance(error, _PASSING):
-                error.add_note(
-                    f"finished work is kept in {journal.directory}; the same command with --resume goes on"
-                )
-            elif not isinstance(error, LrsdError):  # which says itself what to do
-                error.add_note(
-                    "the same command would end like this again; finished work is kept in "
-                    f"{journal.directory}, for a release of lrsd that can go on with it"
-                )
-        raise
-    finally:
-        journal.close()
-
-
-def _written(journal: Journal, output: Path) -> Path:
-    """Where the result is written before it is moved to `output`."""
-    return journal.directory / (_CHECKPOINT + output.suffix * (output.suffix == ".gguf"))
-
-
-def move_into_place(journal: Journal, output: Path) -> Manifest:
-    """A written checkpoint appears under its name, and the journal goes."""
-    if journal.world.leads and (written := _written(journal, output)).exists():
-        publish(written, output)
-    journal.world.wait()
-    manifest = read_manifest(output)
-    journal.remove()
-    return manifest
-
-
 def dry_run(
     source: str,
     recipe: Recipe,
@@ -173,6 +148,7 @@ def dry_run(
     calibration: Path | None = None,
 ) -> Prepared:
     """Observe and allocate only; nothing is left on disk. Arguments: see `compress`."""
+    _require_dry_run(recipe)
     world = world or World()
     progress = progress if progress and world.leads else Progress()
     with (

@@ -15,6 +15,7 @@ from lrsd.data.sources import (
     Content,
     Document,
     join_documents,
+    label_number,
     read_content,
     read_documents,
     read_labelled,
@@ -263,7 +264,7 @@ def classify(loaded: LoadedModel, source: str) -> Accuracy:
     right = 0
     rows = read_labelled(source)
     for text, label, place in rows:
-        wanted = int(label) if label.isdecimal() else names.get(label)
+        wanted = label_number(label, names)
         if wanted is None or wanted >= classes:
             raise InputError(
                 f"--accuracy: {place}: label {label!r} is none of {', '.join(names)} or of 0 to {classes - 1}"

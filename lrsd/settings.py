@@ -157,8 +157,10 @@ class Calibration:
         metavar="SOURCE",
     )
     samples: int = option(128, "Calibration samples.", least=2)
-    seqlen: int = option(512, "Tokens per calibration sample.", least=8)
-    seed: int = option(0, "Seed of the calibration text.", least=0)
+    seqlen: int = option(
+        512, "Tokens per calibration sample; method losparse: of a training item at most.", least=8
+    )
+    seed: int = option(0, "Seed of the calibration text, or of the training.", least=0)
     batch: int = option(8, "Calibration samples per forward pass.", least=1)
     propagate: bool | None = option(
         None,

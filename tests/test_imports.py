@@ -12,13 +12,13 @@ FILES = sorted(path for room in ("lrsd", "cli") for path in (ROOT / room).rglob(
 GROUND = ("errors", "progress", "settings")
 ROOMS = (
     "numerics", "work", "intake", "forms", "model", "data", "checkpoint", "runtimes", "export", "methods",
-    "recipe", "steps", "evaluate", "compress", "report",
+    "recipe", "steps", "evaluate", "training", "compress", "report",
 )  # fmt: skip
 FLOORS = dict.fromkeys(GROUND, 0) | {room: floor for floor, room in enumerate(ROOMS, 1)}
 CLI_FLOOR = len(ROOMS) + 1
 # The only rooms that know these packages.
 HOMES = {
-    "transformers": ("model", "runtimes"),
+    "transformers": ("model", "runtimes", "training"),
     "click": ("cli",),
     "tqdm": ("cli",),
     "vllm": ("runtimes",),

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from layers import random_layer
+from layers import SOLVING, random_layer
 from recipes import on
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
@@ -75,7 +75,7 @@ def test_weights_mapped_from_files_are_released_and_read_again(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(
-    "method", [pytest.param(name, marks=() if name == "lrsd" else pytest.mark.slow) for name in METHODS]
+    "method", [pytest.param(name, marks=() if name == "lrsd" else pytest.mark.slow) for name in SOLVING]
 )
 def test_what_a_layer_is_solved_with_goes_with_it(method: str, generator: torch.Generator) -> None:
     """Without a garbage collection: matrices are few objects of many bytes, which never set one off."""

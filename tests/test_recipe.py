@@ -20,7 +20,12 @@ OTHER: dict[str, Any] = {
     "device": "cpu", "device_memory": "20GiB", "dtype": "float16", "shard_size": "500MB",
     "bits": "4", "coding": "fixed", "group": 32, "structure": "column", "mean_correction": True,
     "alternations": 2, "block": 64, "widths": "4,8", "groups": "64", "format": "compressed-tensors",
-    "types": "Q4_0,Q8_0", "sweeps": 1,
+    "types": "Q4_0,Q8_0", "sweeps": 1, "block_size": 32, "threshold": False, "energy": 0.75,
+    "factor_bits": "8",
+    "train": "a.jsonl", "task": "classify", "text_columns": "a,b", "label_column": "c", "target_column": "d",
+    "epochs": 2, "train_steps": 9, "train_batch": 4, "learning_rate": 1e-3, "rank_share": 0.25,
+    "importance": "magnitude", "prune_warmup": 0.2, "prune_final": 0.4, "prune_every": 3, "smoothing": 0.5,
+    "distill_output": 0.5, "distill_layers": 2.0, "temperature": 3.0,
 }  # fmt: skip
 every_method = pytest.mark.parametrize("method", METHODS)
 
@@ -41,6 +46,8 @@ def test_a_recipe_is_read_as_it_was_written(method: str) -> None:
     for changed in changes:
         if method == "lrsd" and changed.keys() == {"structure"}:
             changed = changed | {"bits": "16"}  # entropy-coded weights keep no columns
+        if method == "ssd" and "allocation" in changed:
+            changed = changed | {"allocation": "energy"}  # it knows no other
         if {"format", "scope"} <= changed.keys():
             changed = changed | {"scope": "linear"}  # engines read no embeddings of 8 bit
         recipe = Recipe.of(**{"method": method, "ratio": 1.6} | changed)
@@ -161,7 +168,9 @@ WRONG: list[dict[str, Any]] = [
     {"rank": "-1"}, {"rank": 0, "bits": "16"}, {"alternations": 0}, {"structure": "row"},
     {"structure": "row", "bits": "4"}, {"rank": 3, "bits": "4"}, {"method": "gptq", "bits": "16"},
     {"method": "gptq", "structure": "row"}, {"method": "sparsegpt", "block": 0},
-    {"method": "ssd", "alternations": 0},
+    {"method": "ssd", "alternations": 0}, {"method": "ssd", "energy": -0.1}, {"method": "ssd", "energy": "x"},
+    {"method": "ssd", "allocation": "kl"}, {"method": "ssd", "factor_bits": "5"}, {"block_size": 1},
+    {"structure": "row,row", "bits": "16"}, {"structure": "row,none", "bits": "16"},
     {"calib": ()}, {"calib": [3]}, {"calib": None}, {"calib": ("a", "b", "a")},
     {"calib": ("a", "b", "c"), "samples": 2},
 ]  # fmt: skip

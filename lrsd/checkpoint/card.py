@@ -1,6 +1,8 @@
 """The model card: README.md of a checkpoint directory."""
 
 import re
+from pathlib import Path
+from typing import Any
 
 from huggingface_hub import ModelCardData
 
@@ -30,7 +32,21 @@ def result_lines(manifest: Manifest) -> list[str]:
         f"layers          {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
         f"runs in         {_ENGINES[manifest.recipe.get('format', 'lrsd')]}",
         *_left_alone(manifest),
+        *recovery_lines(manifest),
     ]
+
+
+def recovery_lines(manifest: Manifest) -> list[str]:
+    """On a distillation after the compression: what was held out, before and after."""
+    done, lines = manifest.recovery, []
+    if blocks := done.get("blocks"):
+        better = [losses for losses in blocks.values() if min(losses) < losses[0]]
+        shares = [min(losses) / losses[0] for losses in better]
+        kept = f", on average to {sum(shares) / len(shares):.0%}" if shares else ""
+        lines.append(f"recovered       error of {len(better)} of {len(blocks)} blocks lowered{kept}")
+    if kl := done.get("kl"):
+        lines.append(f"recovered       KL from the dense model {kl[0]:.4g} -> {min(kl):.4g} on held-out text")
+    return lines
 
 
 def _left_alone(manifest: Manifest) -> list[str]:
@@ -59,8 +75,7 @@ def _left_alone(manifest: Manifest) -> list[str]:
 def model_card(manifest: Manifest) -> str:
     """README.md of the checkpoint directory: a header that the hub reads, and how to use the model."""
     lines = "\n".join(f"    {line}" for line in result_lines(manifest))
-    recipe, calib = manifest.recipe, manifest.recipe["calib"]
-    sources = calib if isinstance(calib, str) else ", ".join(calib)
+    recipe = manifest.recipe
     about = ModelCardData(
         base_model=manifest.base_model,
         library_name="transformers",
@@ -80,9 +95,8 @@ def model_card(manifest: Manifest) -> str:
 ---
 # {manifest.base_model}, compressed {manifest.ratio:.3g}x by lrsd {manifest.lrsd_version}
 
-Each linear weight is stored as low rank + kept columns or rows + integer codes, fitted to its outputs on
-up to {recipe["samples"]} x {recipe["seqlen"]} tokens of calibration text ({sources}).
-The source held its weights as {manifest.base_stored_as}.
+{_how(recipe)}
+The source held its weights as {manifest.base_stored_as}.{_recovery(manifest)}
 
 {lines}
 
@@ -96,6 +110,34 @@ model = {manifest.model_class}.from_pretrained("this directory")
 {also}
 `lrsd eval` measures it, `lrsd inspect` shows every layer{more}.
 """
+
+
+def _how(recipe: dict[str, Any]) -> str:
+    """How the weights were come by."""
+    if recipe.get("train") is not None:
+        length = f"{recipe['train_steps']} steps" if recipe["train_steps"] else f"{recipe['epochs']} epochs"
+        return (
+            "Each linear weight is stored as low rank + kept rows, both trained with the rest of the model\n"
+            f"(LoSparse, ICML 2023) for {length} on {Path(recipe['train']).name}."
+        )
+    return (
+        "Each linear weight is stored as low rank + kept columns or rows + integer codes, fitted to its "
+        f"outputs on\nup to {recipe['samples']} x {recipe['seqlen']} tokens of calibration text "
+        f"({_listed(recipe['calib'])})."
+    )
+
+
+def _recovery(manifest: Manifest) -> str:
+    if not (done := manifest.recovery.get("settings")):
+        return ""
+    return (
+        "\nIts factors, kept values, scales, biases and norms were then trained to give the dense model's "
+        f"outputs, on up to\n{done['samples']} x {done['seqlen']} tokens of text ({_listed(done['text'])})."
+    )
+
+
+def _listed(sources: str | list[str]) -> str:
+    return sources if isinstance(sources, str) else ", ".join(sources)
 
 
 def _kinds(manifest: Manifest) -> dict[str, int]:

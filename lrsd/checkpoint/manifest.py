@@ -60,8 +60,9 @@ class LayerRecord:
 @dataclass(frozen=True)
 class Manifest:
     """lrsd.json: what was done, to what, and what came of it. text: digest or name of the calibration text.
-    files: SHA-256 of every file beside it, but the model card, which people edit. seconds by phase and memory
-    in bytes differ from run to run: they are kept apart, in run.json."""
+    files: SHA-256 of every file beside it, but the model card, which people edit. recovery: settings, text
+    and losses of a distillation after it, see `training.recover`; empty: there was none. seconds by phase and
+    memory in bytes differ from run to run: they are kept apart, in run.json."""
 
     base_model: str
     base_fingerprint: str
@@ -88,6 +89,7 @@ class Manifest:
     untouched: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)
+    recovery: dict[str, Any] = field(default_factory=dict)
     version: int = field(default=MANIFEST_VERSION)
 
 

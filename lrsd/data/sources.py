@@ -1,7 +1,7 @@
 """Texts, pairs, labels and features from local files and hub data sets."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -228,6 +228,12 @@ def read_labelled(source: str) -> list[Labelled]:
     if not found:
         raise InputError(f"--accuracy: {source} holds no rows")
     return found
+
+
+def label_number(label: str, names: Mapping[str, int]) -> int | None:
+    """The class that a label means: by its name, else by its number; None if it is neither."""
+    number = names.get(label)
+    return int(label) if number is None and label.isdecimal() else number
 
 
 def _labelled(row: Row, place: str) -> Labelled:

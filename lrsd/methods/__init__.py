@@ -5,6 +5,7 @@ from lrsd.methods.columns import Columns
 from lrsd.methods.gguf import Gguf
 from lrsd.methods.gptq import Gptq
 from lrsd.methods.integers import Integers
+from lrsd.methods.losparse import Losparse
 from lrsd.methods.lrsd import Lrsd
 from lrsd.methods.sparsegpt import SparseGpt
 from lrsd.methods.ssd import Ssd
@@ -23,4 +24,5 @@ METHODS: dict[str, type[Method]] = {
     "asvd": Asvd,
     "svd": Svd,
     "columns": Columns,
+    "losparse": Losparse,
 }

@@ -33,8 +33,8 @@ from lrsd.work.journal import Journal
 from lrsd.work.kept import Kept
 from lrsd.work.onloading import compute_device
 
-# The journal's first step.
-TEXT_STEP = "text"
+# The journal's first step; and those of a training, which have the number of the last optimizer step behind.
+TEXT_STEP, TRAIN_STEP = "text", "train-"
 
 
 @dataclass
@@ -54,8 +54,12 @@ class Clock:
     def with_steps(self, journal: Journal) -> dict[str, float]:
         """With those of the journal's steps: of the processes before this one too, as far as they are
         kept."""
-        steps = {"calibration text": TEXT_STEP, "observe": "observe-", "allocate": PLAN_STEP, "fit": "fit-"}
-        return self.seconds | {phase: journal.seconds(prefix) for phase, prefix in steps.items()}
+        steps = {
+            "calibration text": TEXT_STEP, "observe": "observe-", "allocate": PLAN_STEP, "fit": "fit-",
+            "train": TRAIN_STEP,
+        }  # fmt: skip
+        taken = {phase: journal.seconds(step) for phase, step in steps.items() if journal.count(step)}
+        return self.seconds | taken
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """The source model: loaded, traced and checked, and the bytes that its linear weights may take."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,9 +81,10 @@ def load_source(
     memory: int | None = None,
     process: Process | None = None,
     world: World | None = None,
+    headed: Callable[[LoadedModel], LoadedModel] = lambda loaded: loaded,
 ) -> SourceModel:
-    """memory: bytes of it allowed, by default this process's share of the machine's. The caller closes
-    `residence`.
+    """memory: bytes of it allowed, by default this process's share of the machine's; headed: gives a model
+    another head. The caller closes `residence`.
 
     Raises: InputError for a model that cannot be compressed, NumericsError for non-finite weights.
     """
@@ -103,6 +105,7 @@ def load_source(
         list(companions(loaded.directory))  # what cannot be kept is better known now
     if getattr(loaded.model, "is_quantized", False):
         raise InputError(f"{source} is already compressed; compress the dense model it was made from")
+    loaded = headed(loaded)
     loaded.model.requires_grad_(False)  # derivatives are taken by outputs of layers, never by weights
     unfuse_experts(loaded.model)
     residence = Residence(loaded.model, limit, process)
