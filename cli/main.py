@@ -12,6 +12,7 @@ import click
 # at once.
 _COMMANDS = {
     "compress": ("compress", "compress", "Compress a model into a new checkpoint directory."),
+    "recover": ("recover", "recover", "Distill a dense model into what was compressed from it."),
     "eval": ("measure", "evaluate", "Measure a model: perplexity, divergence from the dense one, speed."),
     "inspect": ("measure", "inspect", "Show every layer of a compressed directory."),
     "verify": ("measure", "verify", "Compare every file of a compressed directory with its digest."),
@@ -120,7 +121,8 @@ def _terminated(number: int, frame: FrameType | None) -> None:
 )
 @click.version_option(package_name="lrsd")
 def commands() -> None:
-    """Compress language models without training: low rank + column-structured sparse + quantized."""
+    """Compress language models without training (but for --method losparse): low rank + column-structured
+    sparse + quantized."""
 
 
 if __name__ == "__main__":

@@ -2,15 +2,17 @@
 
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import safe_open
+from torch import Tensor
 
 from lrsd.errors import InputError
 from lrsd.intake.companions import AUTO_MAP
-from lrsd.intake.safetensors import INDEX_NAME
+from lrsd.intake.safetensors import INDEX_NAME, shard_paths
 from lrsd.model.types import Model
 from lrsd.work.files import PARTIAL, refusals, sync, write_json, write_tensors
 from lrsd.work.residency import MappedFiles
@@ -41,6 +43,21 @@ def write_model(model: Model, directory: Path, shard_size: str) -> None:
         metadata = {"total_parameters": model.num_parameters(), **split.metadata}
         index = {"metadata": metadata, "weight_map": split.tensor_to_filename}
         write_json(directory / INDEX_NAME, index)
+
+
+def rewrite_shards(directory: Path, change: Callable[[str, Tensor], Tensor]) -> None:
+    """Write the shards of a directory anew, one at a time, with what `change` makes of every tensor's name
+    and value: in the same files, at the same places where shapes and types are the same.
+
+    Raises: StorageError.
+    """
+    for shard in shard_paths(directory):
+        with safe_open(shard, framework="pt") as file:
+            metadata = file.metadata()
+            # None of them is mapped from the file that is exchanged.
+            names = list(file.keys())
+            tensors = {name: change(name, file.get_tensor(name)).clone() for name in names}
+        write_tensors(shard, tensors, metadata)
 
 
 def require_place(directory: Path) -> None:
