@@ -121,7 +121,7 @@ def _load(source: str, dtype: str, device: str, memory: int | None) -> LoadedMod
     where, arguments = _locate(source)
     inventory = _inventory(where, arguments)
     target = resolve_device(device)
-    with _unreadable(source), _errors_only():
+    with _unreadable(source), errors_only():
         config = AutoConfig.from_pretrained(where, **_config_arguments(arguments))
         if arguments:
             carry_rope(config, Path(where) / arguments["gguf_file"])
@@ -404,8 +404,8 @@ def _require_all_weights(source: str, report: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _errors_only() -> Iterator[None]:
-    """Without the table that transformers logs of weights that do not fit: they become an error."""
+def errors_only() -> Iterator[None]:
+    """Without what transformers logs below an error: a table of weights that do not fit, which become one."""
     before = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()
     try:

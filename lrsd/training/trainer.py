@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn.functional import kl_div, log_softmax
 from torch.utils.data import Dataset
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
-from transformers.utils import logging as transformers_logging
 
 from lrsd.errors import CheckpointError, InputError, NumericsError
 from lrsd.methods.losparse import Losparse
+from lrsd.model.load import errors_only
 from lrsd.model.types import Model
 from lrsd.progress import Progress
 from lrsd.steps.prepare import TRAIN_STEP
@@ -71,7 +71,7 @@ def train_model(
         callbacks.append(_Prunes(pruning))
     if journal is not None:
         callbacks.append(_Saves(journal))
-    with _own_randomness(), _quiet():
+    with _own_randomness(), errors_only():
         args = _arguments(method, directory, seed, device, keeps=journal is not None, clips=pruning is None)
         _require_all(args, journal)
         trainer = _Trainer(
@@ -320,13 +320,3 @@ def _own_randomness() -> Iterator[None]:
         finally:
             random.setstate(python)
             numpy.random.set_state(own)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    before = transformers_logging.get_verbosity()
-    transformers_logging.set_verbosity_error()
-    try:
-        yield
-    finally:
-        transformers_logging.set_verbosity(before)

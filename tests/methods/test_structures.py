@@ -7,10 +7,12 @@ import torch
 from layers import random_layer
 from torch import Tensor
 
+from lrsd.forms.lowrank import LowRank
 from lrsd.forms.packed import PackedLinear
 from lrsd.methods.base import LayerProblem
 from lrsd.methods.lrsd import Lrsd
-from lrsd.numerics.menu import Menu
+from lrsd.methods.ssd import Ssd
+from lrsd.numerics.menu import Choice, Menu
 from lrsd.numerics.metric import Metric
 
 OUT, IN, RANK = 48, 64, 3
@@ -85,3 +87,18 @@ def test_blocks_and_fours_need_sides_that_they_divide(generator: torch.Generator
     assert len(menu) > 1
     assert not menu.parameters["blocks"].any()
     assert not menu.parameters["fours"].any()
+
+
+@pytest.mark.parametrize("structure", ["column", "row"])
+@pytest.mark.parametrize("part", [0.6, 0.75, 0.9])
+def test_where_ssd_keeps_of_every_channel_what_it_may_the_rank_takes_what_is_left(
+    structure: Any, part: float, generator: torch.Generator
+) -> None:
+    """And never a byte more than the offer has, whatever the rounds drop."""
+    layer = random_layer(generator, OUT, IN, "plain")
+    problem = LayerProblem(layer.W_OI, Metric(layer.gram), torch.bfloat16, float(OUT * IN))
+    for nbytes in range(int(2 * part * OUT * IN), int(2 * part * OUT * IN) + 40):
+        found = Ssd(structure=structure).solve(problem, Choice(nbytes, parameters={"rank": 1.0}))
+        assert found.nbytes(problem.shape) <= nbytes
+    ranks = [term.rank for term in found.layer.terms if isinstance(term, LowRank)]
+    assert ranks[0] > 1
