@@ -84,7 +84,8 @@ def compress(
     from lrsd.compress import dry_run as plan_only
     from lrsd.model.load import resolve_device
     from lrsd.recipe import Recipe
-    from lrsd.report import plan_table, summary_lines
+    from lrsd.report.page import write_beside
+    from lrsd.report.tables import plan_table, summary_lines
     from lrsd.settings import parse_size
     from lrsd.work.world import joined
 
@@ -107,4 +108,6 @@ def compress(
             lines = [*summary_lines(manifest), f"written         {output}"]
             shown = json.dumps(asdict(manifest), indent=1) if as_json else "\n".join(lines)
     if world.leads:
-        click.echo(shown)
+        # The other processes need not wait for it.
+        drawn = None if output is None or dry_run else write_beside(output, progress.note)
+        click.echo(shown if drawn is None or as_json else f"{shown}\nreport          {drawn}")

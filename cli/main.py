@@ -15,8 +15,10 @@ _COMMANDS = {
     "recover": ("recover", "recover", "Distill a dense model into what was compressed from it."),
     "eval": ("measure", "evaluate", "Measure a model: perplexity, divergence from the dense one, speed."),
     "inspect": ("measure", "inspect", "Show every layer of a compressed directory."),
+    "report": ("report", "report", "Draw one HTML page of what was done, with pictures."),
     "verify": ("measure", "verify", "Compare every file of a compressed directory with its digest."),
     "export": ("export", "export", "Write a compressed directory in a format that other programs read."),
+    "push": ("push", "push", "Upload a compressed directory to a model hub."),
     "run": ("run", "run", "Run another Python program, in which compressed checkpoints load."),
 }
 

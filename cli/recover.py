@@ -40,6 +40,7 @@ def recover(
 
     from lrsd.checkpoint.card import recovery_lines
     from lrsd.errors import InputError
+    from lrsd.report.page import write_beside
     from lrsd.settings import parse_size
     from lrsd.training.recover import recover as run
 
@@ -51,7 +52,10 @@ def recover(
     settings = Recovery.of(**given_options(click.get_current_context(), options))
     limit = None if memory is None else parse_size(memory)
     with own_process() as process:
+        progress = make_progress()
         manifest = run(
-            directory, dense, output, settings, make_progress(), resume=resume, memory=limit, process=process
+            directory, dense, output, settings, progress, resume=resume, memory=limit, process=process
         )
-    click.echo("\n".join([*recovery_lines(manifest), f"written         {output}"]))
+    drawn = write_beside(output, progress.note)
+    lines = [*recovery_lines(manifest), f"written         {output}"]
+    click.echo("\n".join(lines if drawn is None else [*lines, f"report          {drawn}"]))

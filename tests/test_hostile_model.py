@@ -21,7 +21,7 @@ from lrsd.evaluate import evaluate
 from lrsd.methods.base import LayerProblem
 from lrsd.methods.lrsd import Lrsd
 from lrsd.recipe import Recipe
-from lrsd.report import summary_lines
+from lrsd.report.tables import summary_lines
 from lrsd.settings import Calibration
 from lrsd.steps import observe
 

@@ -1,13 +1,20 @@
 """The model card: README.md of a checkpoint directory."""
 
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from huggingface_hub import ModelCardData
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lrsd.checkpoint.manifest import Manifest
+from lrsd.checkpoint.manifest import CARD_NAME, Manifest
+from lrsd.errors import CheckpointError
+from lrsd.work.files import refusals
 
+# What of a card's header is carried over, and how large a card is read at most: the hub's own limit is below.
+_CARRIED = ("license", "license_name", "license_link", "language", "pipeline_tag")
+_LARGEST_CARD = 2**23
 _ENGINES = {
     "lrsd": "transformers after `import lrsd`, vLLM by lrsd's plugin",
     "compressed-tensors": "transformers, vLLM, SGLang, without lrsd",
@@ -31,7 +38,7 @@ def result_lines(manifest: Manifest) -> list[str]:
         f"dense {manifest.dense_macs_per_token / 1e6:.1f} M",
         f"layers          {', '.join(f'{count} {kind}' for kind, count in kinds.items())}",
         f"runs in         {_ENGINES[manifest.recipe.get('format', 'lrsd')]}",
-        *_left_alone(manifest),
+        *left_alone(manifest),
         *recovery_lines(manifest),
     ]
 
@@ -49,7 +56,7 @@ def recovery_lines(manifest: Manifest) -> list[str]:
     return lines
 
 
-def _left_alone(manifest: Manifest) -> list[str]:
+def left_alone(manifest: Manifest) -> list[str]:
     """Lines on linear layers that stayed as they were and on experts that few tokens reached."""
     lines = []
     by_reason: dict[str, list[str]] = {}
@@ -72,11 +79,16 @@ def _left_alone(manifest: Manifest) -> list[str]:
     return lines
 
 
-def model_card(manifest: Manifest) -> str:
-    """README.md of the checkpoint directory: a header that the hub reads, and how to use the model."""
+def model_card(manifest: Manifest, base: Path | None = None) -> str:
+    """README.md of the checkpoint directory: a header that the hub reads, and how to use the model.
+
+    base: the card of the model that was compressed, whose licence, languages and task hold on.
+    """
     lines = "\n".join(f"    {line}" for line in result_lines(manifest))
     recipe = manifest.recipe
+    carried = _carried(base)
     about = ModelCardData(
+        **(carried or {}),
         base_model=manifest.base_model,
         library_name="transformers",
         tags=["lrsd", "low-rank", "sparse", "compressed"],
@@ -90,6 +102,8 @@ def model_card(manifest: Manifest) -> str:
     else:
         imports, more = "", ""
         also = f"\nThe package {recipe['format']} is needed; vLLM and SGLang serve the directory as it is.\n"
+    if carried is None:
+        also += "\nThe header of the original's card cannot be read: see there for its licence.\n"
     return f"""---
 {about.to_yaml()}
 ---
@@ -110,6 +124,71 @@ model = {manifest.model_class}.from_pretrained("this directory")
 {also}
 `lrsd eval` measures it, `lrsd inspect` shows every layer{more}.
 """
+
+
+def _carried(path: Path | None) -> dict[str, Any] | None:
+    """What a card says of a model that is true of a compressed one too. None: it cannot be read."""
+    if path is None or not path.is_file():
+        return {}
+    try:
+        if path.stat().st_size > _LARGEST_CARD:
+            return None
+        said = ModelCard.load(path, ignore_metadata_errors=True).data.to_dict()
+    except (ValueError, TypeError, RecursionError, OSError, yaml.YAMLError):
+        return None
+    texts = {name: said[name] for name in _CARRIED if isinstance(said.get(name), str)}
+    language = said.get("language")
+    if isinstance(language, list) and all(isinstance(one, str) for one in language):
+        texts["language"] = language
+    return texts
+
+
+class Measured(NamedTuple):
+    """A figure of a model. text: or task that it was measured on; how: by what protocol, or on how much."""
+
+    text: str
+    metric: str
+    value: float
+    how: str = ""
+
+
+def require_card(directory: Path) -> ModelCard:
+    """The card of a checkpoint. Raises: CheckpointError if the directory has none that can be read."""
+    path = directory / CARD_NAME
+    try:
+        return ModelCard.load(path)
+    except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
+        line = " ".join(str(error).split())
+        raise CheckpointError(
+            f"{path} is no model card that can be added to ({line}); expected that of a directory that lrsd "
+            "compress wrote"
+        ) from error
+
+
+def add_metrics(directory: Path, measured: Sequence[Measured]) -> None:
+    """Put what was measured into the card of a checkpoint, as the model-index that the hub shows; in the
+    place of earlier figures of the same metric on the same text.
+
+    Raises: CheckpointError if the directory has no card that can be read, StorageError.
+    """
+    path, card = directory / CARD_NAME, require_card(directory)
+    data: ModelCardData = card.data  # type: ignore[assignment]  # of a ModelCard always
+    found = [
+        EvalResult(
+            # By the type, not the name, texts are told apart.
+            task_type="text-generation", dataset_type=Path(text).name or text,
+            dataset_name=Path(text).name or text,
+            metric_type=metric, metric_name=f"{metric} ({how})" if how else metric, metric_value=value,
+        )
+        for text, metric, value, how in measured
+    ]  # fmt: skip
+    new = {(one.dataset_name, one.metric_type) for one in found}
+    before = data.eval_results or []
+    kept = [one for one in before if (one.dataset_name, one.metric_type) not in new]
+    data.model_name = data.model_name or directory.name
+    data.eval_results = [*kept, *found]
+    with refusals(path):
+        card.save(path)
 
 
 def _how(recipe: dict[str, Any]) -> str:

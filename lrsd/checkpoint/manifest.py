@@ -19,6 +19,8 @@ CARD_NAME = "README.md"
 # The card of the model that was compressed, beside the result's own.
 BASE_CARD_NAME = "README.base.md"
 RUN_NAME = "run.json"
+# The page with pictures, which is drawn of all that once it is finished.
+REPORT_NAME = "report.html"
 # In the metadata of a GGUF file.
 GGUF_PREFIX, GGUF_MANIFEST = "lrsd.", "manifest"
 # What a manifest there calls the data of all tensors.
@@ -60,7 +62,8 @@ class LayerRecord:
 @dataclass(frozen=True)
 class Manifest:
     """lrsd.json: what was done, to what, and what came of it. text: digest or name of the calibration text.
-    files: SHA-256 of every file beside it, but the model card, which people edit. recovery: settings, text
+    files: SHA-256 of every file beside it, but the model card, which people edit, and the report,
+    which is drawn of it. recovery: settings, text
     and losses of a distillation after it, see `training.recover`; empty: there was none. seconds by phase and
     memory in bytes differ from run to run: they are kept apart, in run.json."""
 

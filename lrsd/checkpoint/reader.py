@@ -1,17 +1,20 @@
 """Stored layers read back from the shards, checked against config.json; one at a time, wherever its tensors
 are."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from lrsd.checkpoint.manifest import LayerRecord
 from lrsd.checkpoint.packing import Packing, parse_packing
 from lrsd.errors import CheckpointError
-from lrsd.forms.layer import Layer
+from lrsd.forms.base import Shape, Spec, Specs
+from lrsd.forms.layer import Layer, parse_layer
 from lrsd.forms.packed import PackedLinear
 from lrsd.intake.json import read_json
 from lrsd.intake.safetensors import read_header, shard_paths, take_inventory
@@ -125,6 +128,42 @@ def resident_bits(directory: Path) -> float:
             held += packed.resident_bytes()
             weights += packed.in_features * packed.out_features
     return 8 * held / max(weights, 1)
+
+
+def stored_weights(directory: Path, records: Mapping[str, LayerRecord]) -> Iterator[tuple[str, Tensor]]:
+    """The matrices (O, I) in float32 that some of a manifest's layers are stored as, one at a time, in lrsd's
+    own format or in compressed-tensors; not those that are not there under their names.
+
+    Raises: CheckpointError for a layer that is not what its record says.
+    """
+    inventory = take_inventory(directory)
+    for name, record in records.items():
+        layer = None if record.layer is None else parse_layer(name, record.layer)
+        specs = _specs(name, layer, Shape(record.out_features, record.in_features))
+        wanted = {part: inventory.get(f"{name}.{part}") for part, spec in specs.items() if spec.nbytes}
+        # What other formats leave out is empty: the factors of no rank.
+        tensors = {
+            p: torch.zeros(spec.size, dtype=spec.dtype) for p, spec in specs.items() if not spec.nbytes
+        }
+        for part, found in wanted.items():
+            if found is not None:
+                with safe_open(found.shard, framework="pt") as file:
+                    tensors[part] = file.get_tensor(f"{name}.{part}")
+        if specs.keys() <= tensors.keys():
+            packed = None if layer is None else _packed(name, layer, tensors)
+            yield name, tensors["weight"].float() if packed is None else packed.dense_weight()
+
+
+def _specs(name: str, layer: Layer | None, shape: Shape) -> Specs:
+    """What is stored of a layer of that shape, or of one that stayed dense. Raises: CheckpointError."""
+    if layer is None:
+        return {"weight": Spec((shape.out_features, shape.in_features))}
+    try:
+        if not layer.fits(shape):
+            raise ValueError(f"it does not fit a weight of {shape.out_features} x {shape.in_features}")
+        return layer.tensors(shape)
+    except ValueError as error:
+        raise CheckpointError(f"layer {name} is not what the manifest says: {error}") from error
 
 
 def written_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -11,12 +11,16 @@ from lrsd.checkpoint.manifest import (
     CARD_NAME,
     GGUF_TENSORS,
     MANIFEST_NAME,
+    REPORT_NAME,
     RUN_NAME,
     Manifest,
     read_manifest,
 )
 from lrsd.errors import CheckpointError
 from lrsd.intake.json import require_inside
+
+# The manifest itself, what differs from run to run, and what people edit or draw anew.
+_NOT_VOUCHED_FOR = (MANIFEST_NAME, RUN_NAME, CARD_NAME, REPORT_NAME)
 
 
 def digest_of(tensors: Iterable[Any]) -> str:
@@ -42,7 +46,8 @@ def digests(directory: Path, names: Iterable[str] | None = None) -> dict[str, st
     for path in sorted(paths):
         if not require_inside(directory, path).is_file():
             continue
-        if (name := path.relative_to(directory).as_posix()) not in (MANIFEST_NAME, RUN_NAME, CARD_NAME):
+        name = path.relative_to(directory).as_posix()
+        if names is not None or name not in _NOT_VOUCHED_FOR:
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()
     return found

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lrsd.checkpoint.manifest import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, RUN_NAME
+from lrsd.checkpoint.manifest import CARD_NAME, MANIFEST_NAME, RECIPE_NAME, REPORT_NAME, RUN_NAME
 from lrsd.checkpoint.reader import StoredLayer, StoredModel
 from lrsd.checkpoint.writer import new_directory
 from lrsd.intake.companions import copy_companions
@@ -18,7 +18,7 @@ from lrsd.model.types import Model
 from lrsd.work.files import write_json, write_tensors
 
 # What tells of the compression, and is not copied.
-_OWN = (MANIFEST_NAME, RUN_NAME, RECIPE_NAME, CARD_NAME)
+_OWN = (MANIFEST_NAME, RUN_NAME, RECIPE_NAME, CARD_NAME, REPORT_NAME)
 
 # A module of a block: its name up to the block's number.
 _BLOCK = re.compile(r".*?\.\d+\.")

@@ -16,6 +16,7 @@ from lrsd.checkpoint.manifest import (
     GGUF_MANIFEST,
     GGUF_TENSORS,
     RECIPE_NAME,
+    REPORT_NAME,
     LayerRecord,
     Manifest,
     manifest_text,
@@ -97,13 +98,15 @@ def write_checkpoint(done: Compressed, directory: Path, seconds: dict[str, float
         if loaded.tokenizer is not None:
             loaded.tokenizer.save_pretrained(directory)
         if loaded.directory is not None:
-            copy_companions(loaded.directory, directory, renamed={CARD_NAME: BASE_CARD_NAME})
+            others = {CARD_NAME: BASE_CARD_NAME, REPORT_NAME: ""}
+            copy_companions(loaded.directory, directory, renamed=others)
         write_json(directory / RECIPE_NAME, recipe.to_dict())
         files = digests(directory)
     manifest = _manifest(done, seconds, stored_bytes(directory), files)
     write_manifest(directory, manifest)
     with refusals(directory):
-        (directory / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
+        card = model_card(manifest, directory / BASE_CARD_NAME)
+        (directory / CARD_NAME).write_text(card, encoding="utf-8")
         for path in (*directory.rglob("*"), directory):
             sync(path)
     return manifest

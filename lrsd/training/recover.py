@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from lrsd.checkpoint.card import model_card
-from lrsd.checkpoint.manifest import CARD_NAME, Manifest, holds_manifest, read_manifest, write_manifest
+from lrsd.checkpoint.manifest import (
+    BASE_CARD_NAME,
+    CARD_NAME,
+    REPORT_NAME,
+    Manifest,
+    holds_manifest,
+    read_manifest,
+    write_manifest,
+)
 from lrsd.checkpoint.verify import digests, verify
 from lrsd.checkpoint.writer import require_free, require_place, rewrite_shards
 from lrsd.data.tokens import calibration_samples
@@ -216,14 +224,20 @@ def _write(pair: Pair, target: Path, about: Mapping[str, Any]) -> None:
     with refusals(target):
         if target.exists():  # of a run that was stopped while it wrote
             shutil.rmtree(target)
-        shutil.copytree(pair.directory, target)
+        shutil.copytree(pair.directory, target, ignore=_without_report(pair.directory))
     rewrite_shards(target, lambda name, stored: _recovered_tensor(name, stored, state))
     manifest = replace(pair.manifest, recovery=dict(about), files=digests(target, pair.manifest.files))
     write_manifest(target, manifest)
     with refusals(target):
-        (target / CARD_NAME).write_text(model_card(manifest), encoding="utf-8")
+        card = model_card(manifest, target / BASE_CARD_NAME)
+        (target / CARD_NAME).write_text(card, encoding="utf-8")
         for path in (*target.rglob("*"), target):
             sync(path)
+
+
+def _without_report(directory: Path) -> Callable[[str, list[str]], list[str]]:
+    """For copytree: the report on what it was before is not copied."""
+    return lambda folder, names: [REPORT_NAME] if Path(folder) == directory and REPORT_NAME in names else []
 
 
 def _recovered_tensor(name: str, stored: Tensor, state: Mapping[str, Tensor]) -> Tensor:

@@ -24,7 +24,7 @@ from lrsd.forms.ggml import BLOCK_TYPES
 from lrsd.model.gguf import row_order
 from lrsd.model.load import load_model
 from lrsd.recipe import Recipe
-from lrsd.report import plan_table
+from lrsd.report.tables import plan_table
 from lrsd.settings import parse_size
 
 TEXT = {"samples": 8, "seqlen": 32}

@@ -14,7 +14,7 @@ from lrsd.model.experts import fuse_experts, unfuse_experts
 from lrsd.model.layout import find_layout
 from lrsd.model.samples import Samples
 from lrsd.recipe import Recipe
-from lrsd.report import summary_lines
+from lrsd.report.tables import summary_lines
 from lrsd.settings import Calibration
 
 TINY = {

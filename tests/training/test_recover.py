@@ -21,7 +21,7 @@ from transformers import (
     MixtralConfig,
 )
 
-from lrsd.checkpoint.manifest import CARD_NAME, read_manifest
+from lrsd.checkpoint.manifest import CARD_NAME, REPORT_NAME, read_manifest
 from lrsd.checkpoint.reader import StoredModel
 from lrsd.checkpoint.verify import verify
 from lrsd.compress import compress
@@ -129,7 +129,9 @@ def test_only_values_of_continuous_tensors_change(
     name: str, compressed: Callable[[str], Made], text_file: Path, tmp_path: Path
 ) -> None:
     dense, before = compressed(name)
+    (before / REPORT_NAME).write_text("on what it was before")
     manifest = recover(before, str(dense), tmp_path / "out", settings(text_file, stage="both"))
+    assert not (tmp_path / "out" / REPORT_NAME).exists()
     allowed, differ = continuous_names(before), changed(before, tmp_path / "out")
     assert differ <= allowed
     assert {part.rpartition(".")[2] for part in allowed} == {part.rpartition(".")[2] for part in differ}

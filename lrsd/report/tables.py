@@ -1,4 +1,4 @@
-"""What was done, for people: the per-layer table, its plot, and the model card."""
+"""What was done, in lines for a terminal: the per-layer table, its plot, what was measured."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from lrsd.checkpoint.manifest import LayerRecord, Manifest
 from lrsd.errors import InputError
 from lrsd.evaluate import EvalResult
 from lrsd.numerics.menu import Choice
+from lrsd.runtimes.lm_eval import TaskScore
 from lrsd.steps.prepare import Prepared
 
 
@@ -100,6 +101,7 @@ def evaluation_lines(result: EvalResult) -> list[str]:
             f"divergence {distance.kl:.4g} ({distance.measure}), "
             f"top-1 agreement {distance.top1_agreement:.1%}  {distance.text}"
         )
+    lines += [_task_line(score) for score in result.tasks]
     if result.accuracy is not None:
         lines.append(
             f"accuracy   {result.accuracy.accuracy:.2%} of {result.accuracy.texts} texts  "
@@ -111,6 +113,12 @@ def evaluation_lines(result: EvalResult) -> list[str]:
             f"(batch 1, {result.speed.device}, {result.speed.threads} threads)"
         )
     return lines
+
+
+def _task_line(score: TaskScore) -> str:
+    interval = "no interval" if score.low is None else f"{score.low:.4f} to {score.high:.4f} at 95 %"
+    asked = f"{score.items} items, {score.shots} shots"
+    return f"{score.metric:<10} {score.score:.4f} ({interval}), {asked}  {score.task}"
 
 
 def plot_layers(manifest: Manifest, path: Path) -> None:
