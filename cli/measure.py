@@ -11,6 +11,9 @@ Examples:
   lrsd eval out --ppl wikitext
   lrsd eval out --ppl wiki.test.txt --seqlen 1024 --windows 12 --kl ./my-model
   lrsd eval out --ppl wiki.test.txt --kl ./my-model --fail-above 0.05
+  lrsd eval out --ppl wikitext --kl ./my-model --card
+  lrsd eval out --tasks arc_easy,hellaswag
+  lrsd eval out --tasks items.jsonl --limit 300
   lrsd eval out --speed --json
 """
 _INSPECT_EXAMPLES = """
@@ -33,7 +36,8 @@ Examples:
     "--ppl",
     multiple=True,
     metavar="TEXT",
-    help="Perplexity on wikitext, a file as of --calib, or a hub data set; repeatable. Default: wikitext.",
+    help="Perplexity on wikitext, c4, ptb, a file as of --calib, or a hub data set; repeatable. Default: "
+    "wikitext.",
 )
 @click.option(
     "--seqlen",
@@ -54,9 +58,26 @@ Examples:
     help="Exit code 1 if a text's KL is above that: a gate for batch jobs; needs --kl.",
 )
 @click.option(
+    "--tasks",
+    multiple=True,
+    metavar="NAME|FILE",
+    help="Tasks of lm-evaluation-harness by name, with commas between them, or a JSON or JSONL file of "
+    'multiple choice ("context", "choices", "answer"); repeatable. Needs lrsd[tasks].',
+)
+@click.option("--limit", type=click.IntRange(1), help="Items of each task.  [default: all]")
+@click.option(
+    "--batch", default=8, show_default=True, type=click.IntRange(1), help="Requests of a task at once."
+)
+@click.option(
+    "--trust-tasks",
+    is_flag=True,
+    help="Let --tasks take lm-eval's YAML files, whose functions and templates may run any code.",
+)
+@click.option(
     "--accuracy",
     metavar="FILE",
-    help='Accuracy of a classifier on a CSV or JSONL file of "text" and "label".',
+    help='Accuracy of a classifier on a CSV or JSONL file of "text" and "label", or of two texts, such as '
+    '"premise" and "hypothesis".',
 )
 @click.option("--speed", is_flag=True, help="Prefill and decode tokens per second, batch 1.")
 @click.option(
@@ -67,6 +88,11 @@ Examples:
     help="Arithmetic to evaluate in.",
 )
 @click.option("--device", default="auto", show_default=True, help="cpu, cuda, cuda:1, mps.")
+@click.option(
+    "--card",
+    is_flag=True,
+    help="Also write the figures into the model card of MODEL, a directory that lrsd compress wrote.",
+)
 @click.option("--json", "as_json", is_flag=True, help="Print the results as JSON.")
 def evaluate(
     model: str,
@@ -75,28 +101,42 @@ def evaluate(
     windows: int | None,
     kl: str | None,
     fail_above: float | None,
+    tasks: tuple[str, ...],
+    limit: int | None,
+    batch: int,
+    trust_tasks: bool,
     accuracy: str | None,
     speed: bool,
     dtype: str,
     device: str,
+    card: bool,
     as_json: bool,
 ) -> None:
-    """Measure MODEL, compressed or dense: perplexity, divergence from the dense model, speed."""
+    """Measure MODEL, compressed or dense: perplexity, divergence from the dense model, tasks, speed."""
     if fail_above is not None and kl is None:
         raise click.UsageError("--fail-above needs --kl DENSE")
+    if (limit is not None or trust_tasks) and not tasks:
+        raise click.UsageError("--limit and --trust-tasks need --tasks")
     from lrsd_cli.process import own_process
     from lrsd_cli.progress import make_progress
 
+    from lrsd.checkpoint.card import add_metrics, require_card
     from lrsd.errors import QualityError
+    from lrsd.evaluate import card_metrics
     from lrsd.evaluate import evaluate as run
-    from lrsd.report import evaluation_lines
+    from lrsd.report.tables import evaluation_lines
 
-    texts = ppl if ppl or speed or accuracy else ("wikitext",)
+    if card:
+        require_card(Path(model))
+    texts = ppl if ppl or speed or accuracy or tasks else ("wikitext",)
     with own_process():
         result = run(
             model, texts, seqlen=seqlen, windows=windows, dense=kl, accuracy=accuracy, with_speed=speed,
-            dtype=dtype, device=device, progress=make_progress(),
+            tasks=tasks, limit=limit, batch=batch, trust_tasks=trust_tasks, dtype=dtype,
+            device=device, progress=make_progress(),
         )  # fmt: skip
+    if card:
+        add_metrics(Path(model), card_metrics(result))
     click.echo(json.dumps(result.to_dict(), indent=1) if as_json else "\n".join(evaluation_lines(result)))
     for found in result.divergence:
         if fail_above is not None and found.kl > fail_above:
@@ -123,7 +163,7 @@ def inspect(directory: Path, plot: Path | None, memory: bool, as_json: bool) -> 
 
     from lrsd.checkpoint.manifest import read_manifest
     from lrsd.checkpoint.reader import resident_bits
-    from lrsd.report import layer_table, plot_layers, summary_lines
+    from lrsd.report.tables import layer_table, plot_layers, summary_lines
 
     manifest = read_manifest(directory)
     if plot is not None:

@@ -1,4 +1,4 @@
-"""Evaluation: perplexity, KL from the dense model, accuracy, speed."""
+"""Evaluation: perplexity, KL from the dense model, tasks, accuracy, speed."""
 
 import math
 import time
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from lrsd.checkpoint.card import Measured
 from lrsd.data.sources import (
     Content,
     Document,
@@ -38,6 +39,7 @@ from lrsd.model.samples import (
 from lrsd.model.types import Model
 from lrsd.numerics.divergence import rows_at_once
 from lrsd.progress import Progress
+from lrsd.runtimes.lm_eval import TaskScore, open_tasks, run_tasks, task_scores
 
 # Window of the published WikiText-2 perplexities.
 _DEFAULT_SEQLEN = 2048
@@ -101,6 +103,7 @@ class EvalResult:
     divergence: tuple[Divergence, ...]
     accuracy: Accuracy | None
     speed: Speed | None
+    tasks: tuple[TaskScore, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -115,12 +118,18 @@ def evaluate(
     dense: str | None = None,
     accuracy: str | None = None,
     with_speed: bool = False,
+    tasks: Sequence[str] = (),
+    limit: int | None = None,
+    batch: int = 8,
+    trust_tasks: bool = False,
     dtype: str = "auto",
     device: str = "auto",
     progress: Progress | None = None,
 ) -> EvalResult:
-    """Measure the model at `source` on every text, against the model at `dense` where one is given.
+    """Measure the model at `source` on every text, against the model at `dense` where one is given, and on
+    tasks of lm-evaluation-harness, see `open_tasks`.
 
+    Args: limit: items of each task; batch: requests of a task at once; others as of `lrsd eval`.
     Raises: InputError for a model or text that cannot be read, NumericsError for non-finite output.
     """
     progress = progress or Progress()
@@ -132,6 +141,7 @@ def evaluate(
         for text in texts
         if not _holds_tensors(text) and not read_pairs(text, "--ppl")
     }
+    opened = open_tasks(tasks, trusted=trust_tasks) if tasks else None
     loaded = load_model(source, dtype=dtype, device=device)
     kind = loaded.kind
     try_running(loaded.model, kind.example(loaded.model))
@@ -139,7 +149,7 @@ def evaluate(
     length = seqlen or min(_DEFAULT_SEQLEN, context or _DEFAULT_SEQLEN)
     require_context(loaded, length)
     predicts = kind.perplexity_protocol is not None
-    if not predicts and dense is None and accuracy is None and not with_speed:
+    if not predicts and dense is None and accuracy is None and not with_speed and not tasks:
         raise InputError(
             f"{type(loaded.model).__name__} predicts no tokens; give --kl DENSE, or --accuracy FILE for a "
             "classifier"
@@ -161,7 +171,19 @@ def evaluate(
         divergence=tuple(distances),
         accuracy=classify(loaded, accuracy) if accuracy is not None else None,
         speed=speed(loaded) if with_speed else None,
+        tasks=task_scores(run_tasks(loaded, opened, limit=limit, batch=batch)) if opened is not None else (),
     )
+
+
+def card_metrics(result: EvalResult) -> list[Measured]:
+    """What was measured as a model card has it, but for speed, which is the machine's."""
+    found = [Measured(one.text, "perplexity", one.perplexity, one.protocol) for one in result.perplexity]
+    found += [Measured(one.text, "kl", one.kl, one.measure) for one in result.divergence]
+    found += [Measured(one.text, "top-1 agreement", one.top1_agreement) for one in result.divergence]
+    if result.accuracy is not None:
+        found.append(Measured(result.accuracy.text, "accuracy", result.accuracy.accuracy))
+    found += [Measured(one.task, one.metric, one.score, f"{one.items} items") for one in result.tasks]
+    return found
 
 
 def _holds_tensors(text: str) -> bool:
@@ -252,9 +274,10 @@ def _loss(logits: Tensor, item: EvaluationItem) -> float:
 
 @torch.inference_mode()
 def classify(loaded: LoadedModel, source: str) -> Accuracy:
-    """Share of a file's texts that a classifier gives the label they have.
+    """Share of a file's texts, or pairs of texts, that a classifier gives the label they have.
 
-    Args: source: JSONL with "text" and "label", or CSV with these columns; a label is a number or a name.
+    Args: source: JSONL with "text" and "label", or CSV with these columns, see `read_labelled`; a label is a
+        number or a name.
     Raises: InputError for a model that is no classifier, or a row that has no such label.
     """
     names = getattr(loaded.model.config, "label2id", None) or {}
@@ -263,15 +286,16 @@ def classify(loaded: LoadedModel, source: str) -> Accuracy:
         raise InputError(f"--accuracy needs a classifier, {type(loaded.model).__name__} is none")
     right = 0
     rows = read_labelled(source)
-    for text, label, place in rows:
+    for texts, label, place in rows:
         wanted = label_number(label, names)
         if wanted is None or wanted >= classes:
             raise InputError(
                 f"--accuracy: {place}: label {label!r} is none of {', '.join(names)} or of 0 to {classes - 1}"
             )
         tokenizer = loaded.require_tokenizer()
-        ids = tokenizer(text, truncation=True, max_length=loaded.context_length).input_ids
-        found = logits_of(run_model(loaded.model, Samples({"input_ids": torch.tensor([ids])})))
+        encoded = tokenizer(*texts, truncation=True, max_length=loaded.context_length, return_tensors="pt")
+        inputs = {name: encoded[name] for name in ("input_ids", "token_type_ids") if name in encoded}
+        found = logits_of(run_model(loaded.model, Samples(inputs)))
         right += int(found[0].argmax()) == wanted
     return Accuracy(accuracy=right / len(rows), text=source, texts=len(rows))
 

@@ -152,8 +152,8 @@ class Calibration:
 
     calib: str | tuple[str, ...] = option(
         "self",
-        "Calibration text: self (sampled from the model), wikitext, c4, a file of text or of rows (JSON, "
-        "CSV, Parquet), or a hub data set; repeatable, for a mixture of equal shares.",
+        "Calibration text: self (sampled from the model), wikitext, c4, ptb, a file of text or of rows "
+        "(JSON, CSV, Parquet), or a hub data set; repeatable, for a mixture of equal shares.",
         metavar="SOURCE",
     )
     samples: int = option(128, "Calibration samples.", least=2)

@@ -53,7 +53,7 @@ from lrsd.model.kinds.speech import Speech
 from lrsd.model.load import load_model
 from lrsd.model.samples import Samples, try_running
 from lrsd.recipe import GROUPS, Recipe
-from lrsd.report import summary_lines
+from lrsd.report.tables import summary_lines
 from lrsd.steps.fit import FittedBlock
 from lrsd.steps.observe import ObservedBlock
 from lrsd.steps.plan import Plan

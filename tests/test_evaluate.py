@@ -1,14 +1,17 @@
 """What `lrsd eval` measures: one pass of each model, a few rows of logits at a time, a gate."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
+from huggingface_hub import ModelCard
 from lrsd_cli.main import main
 from torch.nn.functional import cross_entropy, kl_div, log_softmax
 
 from lrsd import evaluate as module
+from lrsd.checkpoint.verify import verify
 from lrsd.compress import compress
 from lrsd.data.tokens import evaluation_items
 from lrsd.evaluate import measure
@@ -75,3 +78,30 @@ def test_a_gate_needs_something_to_compare_with(small: Path) -> None:
     found = CliRunner().invoke(commands, ["eval", str(small), "--fail-above", "1"])
     assert found.exit_code == 2
     assert "--fail-above needs --kl DENSE" in found.output
+
+
+def test_figures_go_into_the_card_of_a_result_and_nowhere_else(
+    small: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    options = ["--ppl", str(text_file), "--kl", str(tiny_model_dir), "--seqlen", "32", "--windows", "2"]
+
+    def run(model: Path) -> int:
+        monkeypatch.setattr("sys.argv", ["lrsd", "eval", str(model), *options, "--card", "--json"])
+        with pytest.raises(SystemExit) as ended:
+            main()
+        return int(ended.value.code or 0)
+
+    assert run(small) == 0
+    printed = json.loads(capsys.readouterr().out)
+    (index,) = ModelCard.load(small / "README.md").data.to_dict()["model-index"]
+    found = {metric["type"]: metric["value"] for one in index["results"] for metric in one["metrics"]}
+    assert found == {
+        "perplexity": printed["perplexity"][0]["perplexity"], "kl": printed["divergence"][0]["kl"],
+        "top-1 agreement": printed["divergence"][0]["top1_agreement"],
+    }  # fmt: skip
+    assert {one["dataset"]["name"] for one in index["results"]} == {text_file.name}
+    verify(small)
+    (tmp_path / "config.json").write_text("{}")
+    assert run(tmp_path) == 1
+    assert "is no model card that can be added to" in capsys.readouterr().err

@@ -123,7 +123,10 @@ def test_pairs_and_labels_are_read_of_every_kind_of_file(name: str, tmp_path: Pa
     assert read_pairs(str(path)) == [("a\nb", "c"), ("d", "e")]
     rows = [{"text": "a", "label": 1}, {"text": "b", "label": 0}]
     path = written(tmp_path / f"{name}.xz", lzma.compress(FILES[name](rows)))
-    assert [row[:2] for row in read_labelled(str(path))] == [("a", "1"), ("b", "0")]
+    assert [row[:2] for row in read_labelled(str(path))] == [(("a",), "1"), (("b",), "0")]
+    rows = [{"premise": "a", "hypothesis": "b", "label": True}] * 2
+    path = written(tmp_path / f"pairs-{name}.xz", lzma.compress(FILES[name](rows)))
+    assert read_labelled(str(path))[0].texts == ("a", "b")
 
 
 def test_an_array_may_hold_texts(tmp_path: Path) -> None:
@@ -145,7 +148,7 @@ def test_byte_order_marks_are_no_text(mark: bytes, encoding: str, tmp_path: Path
     assert text_of(marked("rows.json", json.dumps(ROWS))) == TEXT
     assert text_of(marked("rows.csv", "text\nDrei ä\n")) == "Drei ä"
     assert read_pairs(str(marked("pairs.jsonl", lines({"source": "a", "target": "b"})))) == [("a", "b")]
-    assert read_labelled(str(marked("rows.csv", "text,label\na,1\n")))[0][:2] == ("a", "1")
+    assert read_labelled(str(marked("rows.csv", "text,label\na,1\n")))[0][:2] == (("a",), "1")
 
 
 def test_blank_lines_are_skipped_and_counted(tmp_path: Path) -> None:
@@ -464,3 +467,28 @@ def test_rows_of_a_data_set_are_read_as_those_of_a_file(
 def test_published_texts_keep_their_empty_rows(hub: list[dict[str, Any]]) -> None:
     hub += [{"text": ""}, {"text": " = Title = \n"}, {"text": ""}, {"text": "Body"}]
     assert text_of(Path("wikitext")) == "\n\n = Title = \n\n\n\n\nBody"
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "asked", "read"),
+    [
+        ("c4", "test", ("allenai/c4", "en", "validation"), " ".join(str(n) for n in range(1100))),
+        ("c4", "train", ("allenai/c4", "en", "train"), "\n\n".join(str(n) for n in range(1200))),
+        ("ptb", "test", ("ptb-text-only/ptb_text_only", None, "test"), " ".join(str(n) for n in range(1200))),
+        ("wikitext", "test", ("Salesforce/wikitext", "wikitext-2-raw-v1", "test"), None),
+    ],
+)
+def test_known_texts_are_read_as_published(
+    monkeypatch: pytest.MonkeyPatch, name: str, split: str, asked: tuple[str, ...], read: str | None
+) -> None:
+    """Of the split that there is: C4 has no "test"."""
+    found = []
+
+    def load(path: str, configuration: str | None, *, split: str, **options: Any) -> list[dict[str, str]]:
+        found.append((path, configuration, split))
+        return [{"text": str(n), "sentence": str(n)} for n in range(1200)]
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    text = read_text(name, split=split, option="--ppl")
+    assert found == [asked]
+    assert read is None or text == read

@@ -3,6 +3,7 @@
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,11 +17,6 @@ from lrsd.intake.safetensors import read_header
 from lrsd.model.kinds.base import Kind
 from lrsd.model.types import Tokenizer
 
-# Hub data sets by short name: path, configuration, and the column that holds the text.
-_KNOWN = {
-    "wikitext": ("Salesforce/wikitext", "wikitext-2-raw-v1", "text"),
-    "c4": ("allenai/c4", "en", "text"),
-}
 # What a source holds, opened: a text, pairs of a source and a target text, or tensors by name.
 Content = str | list[tuple[str, str]] | dict[str, Tensor]
 
@@ -58,10 +54,48 @@ class Chat:
 Document = str | Chat
 
 
-class Labelled(NamedTuple):
-    """A text and its label. place: its file and row."""
+# Columns of a text, or of two that are judged together, and of its label; the first ones that a row has.
+TEXT_COLUMNS = (
+    ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
+    ("question", "sentence"), ("question", "passage"), ("sentence",), ("content",),
+)  # fmt: skip
+LABEL_COLUMNS = ("label", "labels", "class", "category")
 
-    text: str
+
+@dataclass(frozen=True, kw_only=True)
+class HubText:
+    """A data set of texts on the hub. column: that of the text; None: one that a row of a file may have.
+
+    test: what it calls the split to evaluate on, of which the first `tested` documents are read. space:
+    whether its documents are sentences, joined by spaces as published perplexities do.
+    """
+
+    path: str
+    configuration: str | None = None
+    column: str | None = None
+    revision: str | None = None
+    test: str = "test"
+    tested: int = _MAX_DOCUMENTS
+    space: bool = False
+
+
+# By short name. The test set of C4 is what GPTQ and those after it read. PTB's own files are a program, which
+# datasets no longer runs; the hub keeps its rows as Parquet.
+_KNOWN = {
+    "wikitext": HubText(path="Salesforce/wikitext", configuration="wikitext-2-raw-v1", column="text"),
+    "c4": HubText(
+        path="allenai/c4", configuration="en", column="text", test="validation", tested=1100, space=True
+    ),
+    "ptb": HubText(
+        path="ptb-text-only/ptb_text_only", column="sentence", revision="refs/convert/parquet", space=True
+    ),
+}
+
+
+class Labelled(NamedTuple):
+    """A text, or two, and its label. place: its file and row."""
+
+    texts: tuple[str, ...]
     label: str
     place: str
 
@@ -88,10 +122,10 @@ def read_text(source: str, *, split: str, option: str, tokenizer: Tokenizer | No
 def read_documents(source: str, *, split: str, option: str) -> list[Document]:
     """The texts and chats of a local file, of which prose is one text, or of a hub data set's rows.
 
-    Rows without any are left out, but not those of "wikitext" and "c4", which are read as published.
+    Rows without any are left out, but not those of "wikitext", "c4" and "ptb", which are read as published.
 
     Args: source: path of a text, JSON, CSV, TSV or Parquet file, which may be compressed, "wikitext", "c4",
-        or a hub data set id; option: the command-line option to name in errors.
+        "ptb", or a hub data set id; option: the command-line option to name in errors.
     Raises: InputError if there is no such file or data set, it cannot be read, or holds no text.
     """
     require_text(source, option)
@@ -216,7 +250,8 @@ def read_tensors(source: str, kind: Kind, option: str) -> dict[str, Tensor]:
 
 
 def read_labelled(source: str) -> list[Labelled]:
-    """Texts and labels of a file whose rows have "text" and "label", CSV or JSONL for one.
+    """Texts and labels of a file whose rows have "text" and "label", or other columns of TEXT_COLUMNS and
+    LABEL_COLUMNS; CSV or JSONL for one.
 
     Raises: InputError if there is no such file, it cannot be read, or has a row without them.
     """
@@ -238,13 +273,15 @@ def label_number(label: str, names: Mapping[str, int]) -> int | None:
 
 def _labelled(row: Row, place: str) -> Labelled:
     fields = row if isinstance(row, dict) else {}
-    text, label = fields.get("text"), fields.get("label")
-    if not isinstance(text, str) or not text or label is None:
+    columns = next((names for names in TEXT_COLUMNS if all(name in fields for name in names)), ())
+    texts = tuple(text for text in map(fields.get, columns) if isinstance(text, str) and text)
+    label = next((fields[name] for name in LABEL_COLUMNS if name in fields), None)
+    if not texts or len(texts) < len(columns) or label is None:
         raise InputError(
-            f'--accuracy: {place}: expected fields "text" and "label" with a text and its label, '
-            f"got {listed(fields)}"
+            f'--accuracy: {place}: expected fields "text" and "label" with a text and its label, or two '
+            f'texts such as "premise" and "hypothesis", got {listed(fields)}'
         )
-    return Labelled(text, str(label), place)
+    return Labelled(texts, str(int(label) if isinstance(label, bool) else label), place)
 
 
 def _file_documents(path: Path) -> Iterator[Document]:
@@ -260,14 +297,20 @@ def _file_documents(path: Path) -> Iterator[Document]:
 def _hub_documents(source: str, split: str, option: str) -> Iterator[Document]:
     import datasets
 
-    path, configuration, column = _KNOWN.get(source, (source, None, None))
+    known = _KNOWN.get(source, HubText(path=source))
+    tests = split == "test"
     try:
-        rows = datasets.load_dataset(path, configuration, split=split, streaming=True)
-        for number, row in enumerate(rows, 1):
-            if number > _MAX_DOCUMENTS:
-                return
+        rows = datasets.load_dataset(
+            known.path, known.configuration, split=known.test if tests else split, revision=known.revision,
+            streaming=True,
+        )  # fmt: skip
+        some = islice(rows, known.tested if tests else _MAX_DOCUMENTS)
+        if known.space and tests:
+            yield " ".join(row[known.column] for row in some)
+            return
+        for number, row in enumerate(some, 1):
             # Published perplexities count the empty rows of WikiText, too.
-            document = row[column] if column else _document(row, f"{option}: {source}:{number}")
+            document = row[known.column] if known.column else _document(row, f"{option}: {source}:{number}")
             if document is not None:
                 yield document
     except InputError:

@@ -30,7 +30,7 @@ class Recovery:
 
     text: str | tuple[str, ...] = option(
         "self",
-        "Text to train on, as --calib of lrsd compress: self, wikitext, c4, a file, a hub data set; "
+        "Text to train on, as --calib of lrsd compress: self, wikitext, c4, ptb, a file, a hub data set; "
         "repeatable, for a mixture of equal shares.",
         metavar="SOURCE",
     )

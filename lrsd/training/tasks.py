@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
 from lrsd.data.rows import Row, holds_rows, listed, read_rows
-from lrsd.data.sources import label_number, read_text, require_text
+from lrsd.data.sources import LABEL_COLUMNS, TEXT_COLUMNS, label_number, read_text, require_text
 from lrsd.data.tokens import beginning_token, require_context, tokenize
 from lrsd.errors import InputError
 from lrsd.methods.losparse import Losparse
@@ -26,11 +26,6 @@ from lrsd.model.types import Tokenizer
 Item = dict[str, Any]
 
 # Columns of a row, the first ones that the first row has.
-_TEXTS = (
-    ("text",), ("sentence1", "sentence2"), ("premise", "hypothesis"), ("question1", "question2"),
-    ("question", "sentence"), ("question", "passage"), ("sentence",), ("content",),
-)  # fmt: skip
-_LABELS = ("label", "labels", "class", "category")
 _PAIRS = (
     ("source", "target"), ("document", "summary"), ("article", "highlights"), ("text", "summary"),
     ("input", "output"), ("prompt", "completion"),
@@ -142,8 +137,8 @@ def read_items(loaded: LoadedModel, method: Losparse, seqlen: int) -> list[Item]
 def read_examples(method: Losparse) -> list[Example]:
     """Raises: InputError for a file without rows, or a row without text or label."""
     rows = _rows(method, "a text and its label")
-    texts = method.columns or _found(rows[0], _TEXTS, "a text", "--text-columns")
-    labels = [(method.label_column,)] if method.label_column else [(name,) for name in _LABELS]
+    texts = method.columns or _found(rows[0], TEXT_COLUMNS, "a text", "--text-columns")
+    labels = [(method.label_column,)] if method.label_column else [(name,) for name in LABEL_COLUMNS]
     (label,) = _found(rows[0], labels, "a label", "--label-column")
     examples = []
     for place, row in rows:

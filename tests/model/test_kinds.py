@@ -1,13 +1,16 @@
 """Models that are no decoders: how they are calibrated and evaluated; which layers a user may choose."""
 
 import json
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
+from shutil import copytree
 
 import pytest
 import torch
 from recipes import on
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import (
     AlbertConfig,
     AutoModelForCausalLM,
@@ -70,6 +73,34 @@ def test_accuracy_counts_the_labels_that_the_model_gives(classifier: Path, tmp_p
     result = evaluate(str(classifier), (), accuracy=str(path))
     assert result.accuracy is not None
     assert (result.accuracy.accuracy, result.accuracy.texts) == (0.75, 4)
+
+
+def test_accuracy_of_two_texts_reads_both_as_the_tokenizer_joins_them(
+    classifier: Path, tmp_path: Path
+) -> None:
+    loaded = load_model(str(classifier), dtype="float32")
+    model, tokenizer = loaded.model, loaded.require_tokenizer()
+    pairs = [("a class body", text) for text in ("a class", "the import statement", "loops, and more", "no")]
+
+    def margins(texts: Sequence[tuple[str, ...]]) -> Tensor:
+        found = [model(**tokenizer(*both, return_tensors="pt")).logits[0] for both in texts]
+        return torch.stack([logits[1] - logits[0] for logits in found])
+
+    with torch.inference_mode():
+        # So that the head takes half of the pairs for "yes".
+        model.classifier.bias[1] -= margins(pairs).sort().values[1:3].mean()
+        given = margins(pairs).gt(0).int().tolist()
+        assert sum(given) == 2
+        for others in ([pair[:1] for pair in pairs], [pair[1:] for pair in pairs]):
+            assert margins(others).gt(0).int().tolist() != given
+    copytree(classifier, tmp_path / "even")
+    model.save_pretrained(tmp_path / "even")
+    classifier, path = tmp_path / "even", tmp_path / "pairs.jsonl"
+    rows = [{"sentence1": a, "sentence2": b, "label": n} for (a, b), n in zip(pairs, given, strict=True)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = evaluate(str(classifier), (), accuracy=str(path), dtype="float32")
+    assert result.accuracy is not None
+    assert (result.accuracy.accuracy, result.accuracy.texts) == (1.0, 4)
 
 
 def test_accuracy_names_what_it_cannot_read(classifier: Path, tiny_model_dir: Path, tmp_path: Path) -> None:

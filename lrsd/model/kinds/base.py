@@ -38,7 +38,8 @@ class Kind(ABC):
     first axis being that of the samples. reads_pairs: whether a JSONL file of pairs of texts is read as
     such. perplexity_protocol: how perplexity is taken; None if it predicts no tokens.
     writes_calibration_text: whether text to calibrate on can be sampled from it. timed_by_token: whether its
-    speed is that of reading a prompt and of generating token by token. limited_by_context: whether seqlen
+    speed is that of reading a prompt and of generating token by token. answers_tasks: whether lm-eval's tasks
+    can be put to it. limited_by_context: whether seqlen
     must not exceed its positions. begins_with_bos: whether its calibration samples begin with BOS where its
     tokenizer begins texts so.
     """
@@ -49,6 +50,7 @@ class Kind(ABC):
     perplexity_protocol: str | None = None
     writes_calibration_text: bool = False
     timed_by_token: bool = False
+    answers_tasks: bool = False
     limited_by_context: bool = True
     begins_with_bos: bool = False
 

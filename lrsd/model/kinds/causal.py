@@ -27,6 +27,7 @@ class Causal(Kind):
     )
     writes_calibration_text = True
     timed_by_token = True
+    answers_tasks = True
     begins_with_bos = True
 
     def recognizes(self, model: Model) -> bool:

@@ -15,6 +15,7 @@ class Seq2Seq(Kind):
 
     name = "sequence-to-sequence model"
     reads_pairs = True
+    answers_tasks = True
     perplexity_protocol = (
         "token perplexity of targets given their sources, or of what follows a window given that"
     )
