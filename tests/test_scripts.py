@@ -15,9 +15,7 @@ FOLDER = Path(__file__).parent.parent / "scripts"
 SCRIPTS = sorted(FOLDER.glob("*.py"))
 
 
-@pytest.mark.parametrize(
-    "script", [path for path in SCRIPTS if "peer_llm" not in path.name], ids=lambda p: p.name
-)
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda p: p.name)
 def test_script_starts(script: Path) -> None:
     command = "parser(" in script.read_text().lower() and "__main__" in script.read_text()
 
@@ -88,3 +86,21 @@ def test_halves_of_a_kind_share_no_long_paragraph(tmp_path: Path) -> None:
         assert first
         assert second
         assert not [part for part in first & second if len(part) > 40]
+
+
+def test_items_hold_the_true_continuation_among_others_of_its_length() -> None:
+    made = runpy.run_path(str(FOLDER / "make_choices.py"))
+    text = "\n".join(" ".join(f"{line}.{word}" for word in range(64)) for line in range(30))
+    found = made["stretches"](text, 6, 3)
+    assert len(found) == 30 * (64 // 9)
+    items = made["make_items"](found, 40, 4, 0)
+    assert items == made["make_items"](found, 40, 4, 0)
+    assert items != made["make_items"](found, 40, 4, 1)
+    assert len({item.context for item in items}) == 40
+    assert {item.answer for item in items} == {0, 1, 2, 3}
+    for item in items:
+        assert f"{item.context} {item.choices[item.answer]}" in text
+        assert len(set(item.choices)) == 4
+        assert {len(choice.split()) for choice in item.choices} == {3}
+        wrong = [choice for choice in item.choices if f"{item.context} {choice}" not in text]
+        assert len(wrong) == 3
