@@ -13,11 +13,13 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import torch
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
+from lrsd.forms.base import Shape
 from lrsd.forms.entropy import Entropy
 from lrsd.forms.layer import Layer, parse_layer
 from lrsd.forms.lowrank import LowRank
@@ -26,7 +28,7 @@ from lrsd.model.experts import unfuse_experts
 from lrsd.model.kinds import kind_of
 from lrsd.model.layout import find_layout
 from lrsd.numerics.allocate import allocate_by_weight, allocate_uniform, allocated_bytes, dense_bytes
-from lrsd.numerics.menu import Menu
+from lrsd.numerics.menu import Choice, Menu
 from lrsd.recipe import Recipe
 from lrsd.runtimes.transformers import insert_packed, mark_packed
 from lrsd.steps.budget import ByteLedger
@@ -52,7 +54,7 @@ def main() -> None:
 
     config = Qwen3MoeConfig(
         num_hidden_layers=args.blocks, num_experts=args.experts, hidden_size=64, vocab_size=1000,
-        moe_intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,
+        moe_intermediate_size=64, num_attention_heads=4, num_key_value_heads=2, head_dim=16,  # type: ignore[call-arg]  # Qwen3's own name
     )  # fmt: skip
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     with timed("experts taken apart"):
@@ -77,7 +79,7 @@ def main() -> None:
         shapes = {name: spec.shape for name, spec in layout.linears.items()}
         ledger = ByteLedger(blocks, plan, shapes, recipe.method, budget)
         for index, block in enumerate(blocks):
-            ledger.open(index)
+            ledger.open([index])
             for name in block:
                 ledger.limit(name)
                 ledger.charge(name, ledger.choice(name).nbytes)
@@ -102,22 +104,22 @@ def main() -> None:
     print(f"{'all':<28} {sum(seconds.values()):8.2f} s")
 
 
-def _menu(shape: object) -> Menu:
+def _menu(shape: Shape) -> Menu:
     rates = np.linspace(0.1, 14, _OFFERS)
     terms = (
-        LowRank(np.zeros(_OFFERS, dtype=np.int64)),
-        Entropy((rates * shape.dense_bytes / 16).astype(int)),
+        LowRank(np.zeros(_OFFERS, dtype=np.int64)),  # type: ignore[arg-type]  # all offers at once
+        Entropy((rates * shape.dense_bytes / 16).astype(int)),  # type: ignore[arg-type]
     )
-    nbytes = Layer(terms=terms).nbytes(shape)
+    nbytes: Any = Layer(terms=terms).nbytes(shape)
     parameters = {"rank": np.zeros(_OFFERS), "step": 2.0**-rates}
     return Menu.of(shape.dense_bytes, nbytes, 4.0**-rates, parameters)
 
 
-def _entry(shape: object) -> Layer:
+def _entry(shape: Shape) -> Layer:
     return Layer(terms=(Entropy(shape.dense_bytes // 4),))
 
 
-def _fitted(choice: object, shape: object) -> Fitted:
+def _fitted(choice: Choice, shape: Shape) -> Fitted:
     layer = _entry(shape)
     tensors = {
         name: torch.zeros(spec.size, dtype=spec.dtype or torch.bfloat16)

@@ -13,6 +13,7 @@ import math
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,11 +37,19 @@ def main() -> None:
             "ans",
             bits,
             values,
-            lambda v, h=hints: ans_encode(v, 1, h, h),
-            lambda s, h=hints: ans_decode(s, 1, h, h),
+            partial(_encode, hints=hints),
+            partial(_decode, hints=hints),
         )
         if importlib.util.find_spec("constriction"):
             report("constriction", bits, values, *constriction(deviation, values))
+
+
+def _encode(values: Tensor, hints: Tensor) -> Any:
+    return ans_encode(values, 1, hints, hints)
+
+
+def _decode(stream: Any, hints: Tensor) -> Tensor:
+    return ans_decode(stream, 1, hints, hints)
 
 
 def entropy_of(deviation: float) -> float:

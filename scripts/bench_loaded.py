@@ -9,6 +9,7 @@ import argparse
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
@@ -26,7 +27,7 @@ def main() -> None:
     options.add_argument("--repeats", type=int, default=3)
     args = options.parse_args()
     names = {"compressed": str(args.compressed), "dense": args.dense}
-    models: dict[str, PreTrainedModel] = {}
+    models: dict[str, Any] = {}
     seconds: dict[str, dict[str, float]] = {what: {} for what in ("load", "decode a token", "prefill")}
     prompt = torch.arange(3, 11)[None]
     batch = torch.arange(3, 35).repeat(args.batch, 1)

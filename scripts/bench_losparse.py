@@ -151,7 +151,7 @@ def fine_tuned(args: argparse.Namespace, results: Results) -> Path:
     loaded, _ = with_head(load_model(args.model, dtype="float32", device="cpu"), method, seed=0)
     train_model(
         loaded.model, read_items(loaded, method, args.seqlen), method, args.out / "checkpoints",
-        seed=0, padding=padding_token(loaded.require_tokenizer()), device=resolve_device(args.device),
+        seed=0, padding=padding_token(loaded), device=resolve_device(args.device),
     )  # fmt: skip
     shutil.rmtree(directory, ignore_errors=True)
     loaded.model.save_pretrained(directory)

@@ -66,13 +66,13 @@ MODELS: dict[str, PretrainedConfig] = {
     ),
     "Qwen3-30B-A3B": Qwen3MoeConfig(
         vocab_size=151936, hidden_size=2048, moe_intermediate_size=768, num_hidden_layers=48,
-        num_attention_heads=32, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
-        tie_word_embeddings=False,
+        num_attention_heads=32, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
+        tie_word_embeddings=False, head_dim=128,  # type: ignore[call-arg]  # Qwen3's own name
     ),
     "Qwen3-235B-A22B": Qwen3MoeConfig(
         vocab_size=151936, hidden_size=4096, moe_intermediate_size=1536, num_hidden_layers=94,
-        num_attention_heads=64, num_key_value_heads=4, head_dim=128, num_experts=128, num_experts_per_tok=8,
-        tie_word_embeddings=False,
+        num_attention_heads=64, num_key_value_heads=4, num_experts=128, num_experts_per_tok=8,
+        tie_word_embeddings=False, head_dim=128,  # type: ignore[call-arg]  # Qwen3's own name
     ),
 }  # fmt: skip
 # The same, small enough to be run for the names of its layers and what each reads.
@@ -202,7 +202,7 @@ def check(args: argparse.Namespace) -> None:
     """A run that was made here, against what is predicted of it."""
     manifest: Manifest = read_manifest(args.check)
     recipe = Recipe.of(**{name: value for name, value in manifest.recipe.items() if value is not None})
-    model = empty_model(args.check, 2**20).to(torch.bfloat16)
+    model = empty_model(args.check, 2**20).bfloat16()
     unfuse_experts(model)
     _, alone, seconds = predict(model, recipe, args, None)
     fit = seconds.fit + seconds.propagate * manifest.propagated

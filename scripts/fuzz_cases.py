@@ -107,7 +107,7 @@ def make_fixtures(root: Path) -> Fixtures:
         num_key_value_heads=2, max_position_embeddings=256, initializer_range=0.1, bos_token_id=0,
         eos_token_id=1, dtype=torch.bfloat16,
     )  # fmt: skip
-    model = LlamaForCausalLM(config).to(torch.bfloat16)
+    model = LlamaForCausalLM(config).bfloat16()
     for name, size in (("dense", "5GB"), ("sharded", "60KB")):
         model.save_pretrained(base / name, max_shard_size=size)
         tokenizer.save_pretrained(base / name)
@@ -162,7 +162,7 @@ def _write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokeni
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_head_count_kv(config.num_key_value_heads or config.num_attention_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(10_000.0)
     writer.add_vocab_size(config.vocab_size)
@@ -175,7 +175,7 @@ def _write_gguf(path: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokeni
     writer.add_token_merges([" ".join(merge) for merge in bpe["merges"]])
     names = get_tensor_name_map(MODEL_ARCH.LLAMA, config.num_hidden_layers)
     for name, weight in model.state_dict().items():
-        writer.add_tensor(names.get_name(name, (".weight",)), weight.float().numpy())
+        writer.add_tensor(names.get_name(name, (".weight",)) or name, weight.float().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -215,7 +215,7 @@ def hostile(rng: Random, old: Any = None) -> Any:
     way = rng.randrange(8)
     if way == 0 and isinstance(old, int | float):
         return old * rng.choice((-1, 2, 10, 0.5, 10**6)) + rng.choice((0, 1, -1))
-    simple = [None, True, False, [], {}, [None], {"x": {}}, [[[]]], *_NUMBERS, *_TEXTS]
+    simple: list[Any] = [None, True, False, [], {}, [None], {"x": {}}, [[[]]], *_NUMBERS, *_TEXTS]
     if way == 1:
         return [rng.choice(simple) for _ in range(rng.choice((1, 2, 1000)))]
     if way == 2:

@@ -34,7 +34,7 @@ from find_model import find_model
 from lrsd_cli.main import main as lrsd_main
 
 import lrsd.work.journal as journal
-from lrsd.compress import WRITTEN
+from lrsd.steps.output import WRITTEN
 from lrsd.work.journal import JOURNAL, partial_directory
 
 # What a journal's write is killed at: before it, with half of the line written, with all of it.
@@ -218,7 +218,7 @@ def at_boundary(number: int, inside: Path) -> Arm:
 
     def arm() -> None:
         sys.addaudithook(audit)
-        os.fsync = counted
+        setattr(os, "fsync", counted)  # noqa: B010 - this process is thrown away
 
     return arm
 
@@ -254,7 +254,7 @@ def boundary_kills(test: KillTest, inside: Path, stride: int = 1) -> None:
     number = 1
     while True:
         hit = sum(test.kills.values())
-        test.run(lambda session, at=number: at_boundary(at, inside) if session == 0 else None, lambda: None)
+        test.run({0: at_boundary(number, inside)}.get, lambda: None)
         if sum(test.kills.values()) == hit:
             return
         number += stride
@@ -288,7 +288,10 @@ def main() -> None:
         for name, kill in (
             ("at every journal line", lambda: journal_kills(test) if args.journal else None),
             ("at random moments", lambda: random_kills(test, args.random, generator, reach)),
-            ("at boundaries", lambda: args.boundaries and boundary_kills(test, Path(place), args.boundaries)),
+            (
+                "at boundaries",
+                lambda: boundary_kills(test, Path(place), args.boundaries) if args.boundaries else None,
+            ),
         ):
             before, start = sum(test.kills.values()), time.perf_counter()
             kill()

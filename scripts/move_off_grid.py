@@ -35,7 +35,7 @@ def move_model(source: str, target: Path, seed: int) -> None:
             slot = weight_slot(model, name)
             slot.write(moved(slot.read().cpu(), generator))
     unfinished = target.with_name(f"{target.name}.partial")
-    model.to(torch.bfloat16).save_pretrained(unfinished)
+    model.bfloat16().save_pretrained(unfinished)
     loaded.require_tokenizer().save_pretrained(unfinished)
     unfinished.rename(target)
 

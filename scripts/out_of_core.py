@@ -37,7 +37,8 @@ def write_checkpoint(directory: Path, config: LlamaConfig) -> int:
     for name, parameter in model.named_parameters():
         block = name.split(".")[2] if ".layers." in name else "rest"
         shards.setdefault(f"model-{block}.safetensors", {})[name] = parameter.shape
-    weight_map, total = {}, 0
+    weight_map: dict[str, str] = {}
+    total = 0
     for shard, shapes in shards.items():
         tensors = {
             name: (torch.randn(shape, generator=generator) * (0.02 if len(shape) > 1 else 0.1)
