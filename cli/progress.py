@@ -4,6 +4,7 @@ import platform
 import shlex
 import sys
 import time
+from collections import deque
 from importlib.metadata import version
 
 import torch
@@ -13,6 +14,8 @@ from lrsd.progress import Progress
 
 # Seconds between two lines of one stage in a log, so that a long job stays readable.
 _LINE_EVERY = 10.0
+# Steps that the time left is told by: few, as those at the beginning differ, and enough to even out.
+_RECENT = 6
 
 
 def make_progress() -> Progress:
@@ -56,22 +59,34 @@ class BarProgress(Progress):
 
 
 class LineProgress(Progress):
-    """A line when a stage begins and ends, and every ten seconds in between."""
+    """A line when a stage begins and ends, and every ten seconds in between, with the time that is left."""
 
     def __init__(self) -> None:
-        self._name, self._steps, self._done, self._start, self._last = "", 0, 0, 0.0, 0.0
+        self._name, self._steps, self._start, self._last = "", 0, 0.0, 0.0
+        self._ends = deque[float](maxlen=_RECENT + 1)
+        self._done = 0
 
     def stage(self, name: str, steps: int) -> None:
         self._name, self._steps, self._done = name, steps, 0
         self._start = self._last = time.monotonic()
+        self._ends.clear()
+        self._ends.append(self._start)
         self.note(f"{name}: {steps} steps")
 
     def step(self, what: str) -> None:
         self._done += 1
         now = time.monotonic()
+        self._ends.append(now)
         if self._done == self._steps or now - self._last >= _LINE_EVERY:
             self._last = now
-            self.note(f"{self._name}: {self._done}/{self._steps} {what} ({now - self._start:.0f} s)")
+            spent = f"{now - self._start:.0f} s"
+            self.note(f"{self._name}: {self._done}/{self._steps} {what} ({spent}{self._left()})")
+
+    def _left(self) -> str:
+        """As the last steps went: the first ones compile, and those that an earlier run did take no time."""
+        left = self._steps - self._done
+        seconds = left * (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
+        return f", about {tqdm.format_interval(seconds)} left" if left else ""
 
     def note(self, text: str) -> None:
         print(text, file=sys.stderr, flush=True)
