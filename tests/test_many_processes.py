@@ -73,11 +73,13 @@ def test_any_number_of_processes_makes_the_same_bytes(
     case: str, bases: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:
     family, options = CASES[case]
-    for size in (1, 2, 4):
+    # Three: the last wave, and the last batches, leave one without work.
+    sizes = (1, 2, 4) if case == "llama propagated" else (1, 3)
+    for size in sizes:
         require_done(
             run_in_world(size, partial(run, bases[family], tmp_path / str(size), text_file, options))
         )
-    assert digest(tmp_path / "1") == digest(tmp_path / "2") == digest(tmp_path / "4")
+    assert len({digest(tmp_path / str(size)) for size in sizes}) == 1
     assert not list(tmp_path.glob("*.partial"))
 
 
@@ -96,7 +98,7 @@ def ends_after(world: World, waits: int) -> World:
     return Mortal(world.rank, world.size)
 
 
-@pytest.mark.parametrize(("begun", "resumed"), [(1, 4), (4, 1), (2, 4)])
+@pytest.mark.parametrize(("begun", "resumed"), [(1, 4), (3, 2)])
 def test_any_number_of_processes_goes_on_with_the_work_of_any_other(
     begun: int, resumed: int, bases: dict[str, Path], text_file: Path, tmp_path: Path
 ) -> None:

@@ -144,8 +144,10 @@ def calibration_for(family: Family, text_file: Path, tmp_path: Path) -> Calibrat
 
 # In the fast loop: grouped queries, transposed weights, experts.
 QUICK = {("llama", "16 bit"), ("gpt2", "codes"), ("mixtral", "codes")}
+# Codes use the same of transformers as 16 bit, and on its oldest release stand for both.
+SLOW = {"16 bit": pytest.mark.slow, "codes": (pytest.mark.slow, pytest.mark.oldest)}
 CASES = [
-    pytest.param(name, mode, marks=() if (name, mode) in QUICK else (pytest.mark.slow, pytest.mark.oldest))
+    pytest.param(name, mode, marks=() if (name, mode) in QUICK else SLOW[mode])
     for name in FAMILIES
     for mode in MODES
 ]
