@@ -148,7 +148,7 @@ def split_product(x: Tensor, loaded: Tensors) -> Tensor:
 def integer_product(x: Tensor, codes_OI: Tensor) -> Tensor:
     """x (..., I) times Q^T, Q small integers: exact in x's type as far as that goes."""
     if _reads_codes_in_place(x, codes_OI):
-        flat = x.reshape(-1, x.shape[-1])
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
         product = torch._weight_int8pack_mm(flat, codes_OI, flat.new_ones(codes_OI.shape[0]))
         return product.view(*x.shape[:-1], -1)
     return linear(x, codes_OI.to(x.dtype))

@@ -302,6 +302,16 @@ def test_a_few_large_integers_do_not_widen_the_others(generator: torch.Generator
     assert split_integers(codes_OI)["codes"].dtype == torch.int32
 
 
+@pytest.mark.parametrize("tokens", [1, 4, 9])
+def test_a_product_is_the_same_of_inputs_that_lie_otherwise_in_memory(
+    generator: torch.Generator, tokens: int
+) -> None:
+    """As Zamba gives them, transposed; eight tokens at most are multiplied by torch's kernel for int8."""
+    loaded = split_integers(torch.randint(-7, 8, (128, 64), generator=generator))
+    x = torch.randn(2, 64, tokens, generator=generator).bfloat16()[:1].transpose(1, 2)
+    assert torch.equal(split_product(x, loaded), split_product(x.contiguous(), loaded))
+
+
 def test_a_damaged_stream_is_named_not_run(generator: torch.Generator) -> None:
     solution = rounded(random_layer(generator, OUT, IN), CODES["entropy coded"], torch.float32)
     packed = packed_linear(solution)
