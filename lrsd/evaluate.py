@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from lrsd.checkpoint.card import Measured
+from lrsd.checkpoint.card import CardMetric
 from lrsd.data.sources import (
     Content,
     Document,
@@ -165,24 +165,29 @@ def evaluate(
         score, found = measure(loaded, items, text, reference, lambda: progress.step(""))
         scores += [score] if score is not None else []
         distances += [found] if found is not None else []
+    answered: tuple[TaskScore, ...] = ()
+    if opened is not None:
+        progress.stage("tasks", 1)
+        answered = task_scores(run_tasks(loaded, opened, limit=limit, batch=batch))
+        progress.step(", ".join(tasks))
     return EvalResult(
         model=source,
         perplexity=tuple(scores),
         divergence=tuple(distances),
         accuracy=classify(loaded, accuracy) if accuracy is not None else None,
         speed=speed(loaded) if with_speed else None,
-        tasks=task_scores(run_tasks(loaded, opened, limit=limit, batch=batch)) if opened is not None else (),
+        tasks=answered,
     )
 
 
-def card_metrics(result: EvalResult) -> list[Measured]:
+def card_metrics(result: EvalResult) -> list[CardMetric]:
     """What was measured as a model card has it, but for speed, which is the machine's."""
-    found = [Measured(one.text, "perplexity", one.perplexity, one.protocol) for one in result.perplexity]
-    found += [Measured(one.text, "kl", one.kl, one.measure) for one in result.divergence]
-    found += [Measured(one.text, "top-1 agreement", one.top1_agreement) for one in result.divergence]
+    found = [CardMetric(one.text, "perplexity", one.perplexity, one.protocol) for one in result.perplexity]
+    found += [CardMetric(one.text, "kl", one.kl, one.measure) for one in result.divergence]
+    found += [CardMetric(one.text, "top-1 agreement", one.top1_agreement) for one in result.divergence]
     if result.accuracy is not None:
-        found.append(Measured(result.accuracy.text, "accuracy", result.accuracy.accuracy))
-    found += [Measured(one.task, one.metric, one.score, f"{one.items} items") for one in result.tasks]
+        found.append(CardMetric(result.accuracy.text, "accuracy", result.accuracy.accuracy))
+    found += [CardMetric(one.task, one.metric, one.score, f"{one.items} items") for one in result.tasks]
     return found
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from huggingface_hub import ModelCard
 
-from lrsd.checkpoint.card import Measured, add_metrics, model_card
+from lrsd.checkpoint.card import CardMetric, add_metrics, model_card
 from lrsd.checkpoint.manifest import Manifest
 from lrsd.errors import CheckpointError
 
@@ -63,11 +63,14 @@ def test_a_card_that_cannot_be_read_costs_its_licence_and_nothing_else(
 
 def test_figures_go_into_the_card_in_the_place_of_earlier_ones(manifest: Manifest, tmp_path: Path) -> None:
     (tmp_path / "README.md").write_text(model_card(manifest), encoding="utf-8")
+    with pytest.raises(CheckpointError, match="no directory that lrsd compress wrote"):
+        add_metrics(tmp_path, [CardMetric("wikitext", "perplexity", 1.0)])
+    (tmp_path / "lrsd.json").write_text("{}")
     add_metrics(
-        tmp_path, [Measured("wikitext", "perplexity", 30.0), Measured("/tmp/manual", "perplexity", 9.0)]
+        tmp_path, [CardMetric("wikitext", "perplexity", 30.0), CardMetric("/tmp/manual", "perplexity", 9.0)]
     )
     add_metrics(
-        tmp_path, [Measured("wikitext", "perplexity", 26.5, "windows"), Measured("wikitext", "kl", 0.03)]
+        tmp_path, [CardMetric("wikitext", "perplexity", 26.5, "windows"), CardMetric("wikitext", "kl", 0.03)]
     )
     card = ModelCard.load(tmp_path / "README.md")
     found = {(one.dataset_name, one.metric_type): one.metric_value for one in card.data.eval_results}
@@ -79,4 +82,4 @@ def test_figures_go_into_the_card_in_the_place_of_earlier_ones(manifest: Manifes
     assert "compressed 4x by lrsd" in card.text
     (tmp_path / "README.md").write_text("---\nbase_model: [\n---\n")
     with pytest.raises(CheckpointError, match="no model card that can be added to"):
-        add_metrics(tmp_path, [Measured("wikitext", "perplexity", 1.0)])
+        add_metrics(tmp_path, [CardMetric("wikitext", "perplexity", 1.0)])

@@ -81,7 +81,7 @@ def test_a_gate_needs_something_to_compare_with(small: Path) -> None:
 
 
 def test_figures_go_into_the_card_of_a_result_and_nowhere_else(
-    small: Path, tiny_model_dir: Path, text_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    small: Path, tiny_model_dir: Path, text_file: Path, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     options = ["--ppl", str(text_file), "--kl", str(tiny_model_dir), "--seqlen", "32", "--windows", "2"]
@@ -102,6 +102,11 @@ def test_figures_go_into_the_card_of_a_result_and_nowhere_else(
     }  # fmt: skip
     assert {one["dataset"]["name"] for one in index["results"]} == {text_file.name}
     verify(small)
-    (tmp_path / "config.json").write_text("{}")
-    assert run(tmp_path) == 1
-    assert "is no model card that can be added to" in capsys.readouterr().err
+    # The dense model's own card is not lrsd's to write into.
+    (tiny_model_dir / "README.md").write_text("---\nlicense: mit\n---\n")
+    try:
+        assert run(tiny_model_dir) == 1
+        assert "is no directory that lrsd compress wrote" in capsys.readouterr().err
+        assert (tiny_model_dir / "README.md").read_text() == "---\nlicense: mit\n---\n"
+    finally:
+        (tiny_model_dir / "README.md").unlink()

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from lrsd.checkpoint.manifest import CARD_NAME, Manifest
+from lrsd.checkpoint.manifest import CARD_NAME, Manifest, holds_manifest
 from lrsd.errors import CheckpointError
 from lrsd.work.files import refusals
 
@@ -143,7 +143,7 @@ def _carried(path: Path | None) -> dict[str, Any] | None:
     return texts
 
 
-class Measured(NamedTuple):
+class CardMetric(NamedTuple):
     """A figure of a model. text: or task that it was measured on; how: by what protocol, or on how much."""
 
     text: str
@@ -155,17 +155,18 @@ class Measured(NamedTuple):
 def require_card(directory: Path) -> ModelCard:
     """The card of a checkpoint. Raises: CheckpointError if the directory has none that can be read."""
     path = directory / CARD_NAME
+    if not directory.is_dir() or not holds_manifest(directory):  # a model of somebody else's has a card too
+        raise CheckpointError(f"{directory} is no directory that lrsd compress wrote, whose card is added to")
     try:
         return ModelCard.load(path)
     except (ValueError, TypeError, OSError, yaml.YAMLError) as error:
         line = " ".join(str(error).split())
         raise CheckpointError(
-            f"{path} is no model card that can be added to ({line}); expected that of a directory that lrsd "
-            "compress wrote"
+            f"{path} is no model card that can be added to ({line}); restore the one that was there"
         ) from error
 
 
-def add_metrics(directory: Path, measured: Sequence[Measured]) -> None:
+def add_metrics(directory: Path, measured: Sequence[CardMetric]) -> None:
     """Put what was measured into the card of a checkpoint, as the model-index that the hub shows; in the
     place of earlier figures of the same metric on the same text.
 

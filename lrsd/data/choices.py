@@ -1,10 +1,9 @@
 """Multiple-choice items of a local file, for lm-evaluation-harness."""
 
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from lrsd.data.rows import Row, holds_rows, listed, read_rows
-from lrsd.data.sources import require_text
+from lrsd.data.rows import Row, listed
+from lrsd.data.sources import rows_of_file
 from lrsd.errors import InputError
 
 if TYPE_CHECKING:
@@ -28,14 +27,8 @@ def read_items(source: str, option: str = "--tasks") -> list[Item]:
 
     Raises: InputError if there is no such file, it cannot be read, or has a row without them.
     """
-    require_text(source, option)
-    path = Path(source)
-    if not path.is_file() or not holds_rows(path):
-        raise InputError(f"{option}: no file {source!r} of items; give a JSON or JSONL file")
-    items = [_item(row, f"{option}: {path}:{number}") for number, row in read_rows(path)]
-    if not items:
-        raise InputError(f"{option}: {source} holds no items")
-    return items
+    rows = rows_of_file(source, option, '"context", "choices" and "answer"')
+    return [_item(row, f"{option}: {place}") for place, row in rows]
 
 
 def items_dataset(items: list[Item]) -> "Dataset":

@@ -255,14 +255,26 @@ def read_labelled(source: str) -> list[Labelled]:
 
     Raises: InputError if there is no such file, it cannot be read, or has a row without them.
     """
-    require_text(source, "--accuracy")
+    rows = rows_of_file(source, "--accuracy", '"text" and "label"')
+    return [_labelled(row, place) for place, row in rows]
+
+
+def rows_of_file(source: str, option: str, what: str) -> list[tuple[str, Row]]:
+    """Every row of a file and its place. what: is expected in each, for errors.
+
+    Raises: InputError if there is no such file, it cannot be read, is prose, or holds no row.
+    """
+    require_text(source, option)
     path = Path(source)
     if not path.is_file() or not holds_rows(path):
-        raise InputError(f'--accuracy: expected a CSV or JSONL file with "text" and "label", got {source!r}')
-    found = [_labelled(row, f"{path}:{number}") for number, row in read_rows(path)]
-    if not found:
-        raise InputError(f"--accuracy: {source} holds no rows")
-    return found
+        state = "it is prose, by its name" if path.is_file() else "there is no such file"
+        raise InputError(
+            f"{option}: expected a CSV or JSONL file with {what} in each row, got {source!r}; {state}"
+        )
+    rows = [(f"{path}:{number}", row) for number, row in read_rows(path)]
+    if not rows:
+        raise InputError(f"{option}: {source} holds no rows; expected {what} in each")
+    return rows
 
 
 def label_number(label: str, names: Mapping[str, int]) -> int | None:

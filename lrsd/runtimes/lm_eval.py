@@ -7,10 +7,11 @@ import os
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from copy import deepcopy
 from dataclasses import dataclass
 from difflib import get_close_matches
+from io import StringIO
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -255,14 +256,19 @@ class _FirstCut(logging.StreamHandler):
 
 @contextmanager
 def _as_lm_eval_expects() -> Iterator[None]:
-    """Its seeds, a quiet log, one process, and what it prints on stderr; all as before at the end."""
+    """Its seeds, a quiet log, one process; what it prints, bars too, on stderr if that is a terminal. All as
+    before at the end."""
     log, known = logging.getLogger("lm_eval"), os.environ.get("DISABLE_MULTIPROC")
     propagates, state, array_state = log.propagate, random.getstate(), np.random.get_state()
     log.propagate, handler = False, _FirstCut(sys.stderr)
     log.addHandler(handler)
     os.environ["DISABLE_MULTIPROC"] = "1"  # its bootstrap forks a process that has threads
     try:
-        with errors_only(), redirect_stdout(sys.stderr), torch.random.fork_rng(devices=[]):
+        shown = sys.stderr if sys.stderr.isatty() else StringIO()
+        with (
+            errors_only(), redirect_stderr(shown), redirect_stdout(shown),
+            torch.random.fork_rng(devices=[]),
+        ):  # fmt: skip
             random.seed(_RANDOM_SEED)
             np.random.seed(_OTHER_SEED)  # the generator that tasks draw from
             torch.manual_seed(_OTHER_SEED)

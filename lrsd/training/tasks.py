@@ -3,7 +3,6 @@
 from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,8 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForSequenceClassification
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 
-from lrsd.data.rows import Row, holds_rows, listed, read_rows
-from lrsd.data.sources import LABEL_COLUMNS, TEXT_COLUMNS, label_number, read_text, require_text
+from lrsd.data.rows import Row, listed
+from lrsd.data.sources import LABEL_COLUMNS, TEXT_COLUMNS, label_number, read_text, rows_of_file
 from lrsd.data.tokens import beginning_token, require_context, tokenize
 from lrsd.errors import InputError
 from lrsd.methods.losparse import Losparse
@@ -279,16 +278,8 @@ def _file(method: Losparse) -> str:
 
 def _rows(method: Losparse, what: str) -> list[tuple[str, dict[str, Any]]]:
     """Every row with its place. Raises: InputError."""
-    require_text(_file(method), "--train")
-    path = Path(_file(method))
-    if not path.is_file() or not holds_rows(path):
-        raise InputError(
-            f"--train: expected a CSV or JSONL file with {what} in each row, got {method.train!r}"
-        )
-    rows = [(f"{path}:{number}", _fields(row, f"{path}:{number}", what)) for number, row in read_rows(path)]
-    if not rows:
-        raise InputError(f"--train: {path} holds no rows; expected {what} in each")
-    return rows
+    rows = rows_of_file(_file(method), "--train", what)
+    return [(place, _fields(row, place, what)) for place, row in rows]
 
 
 def _fields(row: Row, place: str, what: str) -> dict[str, Any]:

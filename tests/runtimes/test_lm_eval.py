@@ -119,6 +119,8 @@ def test_the_command_prints_intervals_and_gives_json(small: Path, items: Path) -
     plain, _ = json.loads(found.stdout)["tasks"]
     assert (plain["metric"], plain["items"], len(plain["per_item"])) == ("acc", 5, 5)
     assert json.loads(found.stdout)["perplexity"] == []
+    assert "tasks: 1/1" in found.stderr
+    assert "\r" not in found.stderr
     result = EvalResult(
         model="", perplexity=(), divergence=(), accuracy=None, speed=None, tasks=(TaskScore(**plain),)
     )
@@ -248,8 +250,8 @@ def test_unknown_names_and_data_out_of_reach_are_one_line(
     with pytest.raises(InputError, match=r"lm-eval cannot open hellaswag \(.*needs no network$") as error:
         open_tasks(["hellaswag"])
     assert "\n" not in str(error.value)
-    for missing in ("none.jsonl", "none.yaml"):
-        with pytest.raises(InputError, match=f"no file '{missing}'"):
+    for missing, said in (("none.jsonl", "'none.jsonl'; there is no such"), ("none.yaml", "no file 'none.y")):
+        with pytest.raises(InputError, match=said):
             open_tasks([f"hellaswag,{missing}"])
     with pytest.raises(InputError, match="got nothing"):
         open_tasks([","])
